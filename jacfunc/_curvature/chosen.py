@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._assembly import shared_units
-from jacfunc._calls import OneTensor
+from jacfunc._calls import BARE
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused, is_out_of_memory
@@ -142,7 +142,7 @@ class UnderLoss:
         loss = self.loss.with_weights(weights)
         if by_formula and loss.at(outputs[0], targets) is None:
             raise Refused("the loss may couple samples")
-        return Loss(api, loss, targets, BatchOutputs(outputs, (), OneTensor()))
+        return Loss(api, loss, targets, BatchOutputs(outputs, (), BARE))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import numel
-from jacfunc._calls import OneTensor
+from jacfunc._calls import BARE
 from jacfunc._curvature.chosen import KnownLoss, ProductUnder, SquaresUnder, squares
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
@@ -61,7 +61,7 @@ class MatrixProducts:
     def _curvature(self) -> OutputCurvature:
         """``H`` at the outputs of the module called with the batch."""
         if (output := self._again.output) is not None:
-            return self._curvature_of(BatchOutputs((output,), (), OneTensor()))
+            return self._curvature_of(BatchOutputs((output,), (), BARE))
         return self._curvature_of(self._jacobian.outputs)
 
     def times(self, tangents: Leaves) -> Leaves:
@@ -196,7 +196,7 @@ class SampleSums:
             at_batch.evaluations.check((0, at_batch.size), outputs)
             if known is not None:
                 return known.beside(outputs)
-            return self._curvature_of(BatchOutputs(outputs, (), OneTensor())).roots
+            return self._curvature_of(BatchOutputs(outputs, (), BARE)).roots
 
         known = self._loss if self._loss is not None and self._loss.is_convex else None
         return at_batch.made_at_once(SquaresUnder(known.kind) if known else squares, beside)

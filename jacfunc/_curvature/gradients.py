@@ -129,7 +129,7 @@ def _made_at_once(options: BatchOptions, loss: TorchLoss, arguments: Arguments) 
     targets = args[-1]
     beside = lambda _: (targets, *weights)  # noqa: E731
     result = made_at_once(options, (args[:-1], kwargs), NormsUnder(kind), beside)
-    return None if result is None else result[0]
+    return None if result is None else result[0][0]
 
 
 @dataclass(frozen=True)

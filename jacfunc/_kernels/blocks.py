@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import Places, shared_units
+from jacfunc._calls import BARE
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
@@ -155,10 +156,13 @@ class KernelWithItself:
         return tuple([rows.times(rows) for rows in leaf_rows(jacobian, self.axes)])
 
 
-def kernel_at_once(options: BatchOptions, arguments: Arguments, axes: KeptAxes) -> Tensor | None:
+def kernel_at_once(options: BatchOptions, arguments: Arguments, axes: KeptAxes) -> Tree | None:
     """The kernel of a batch with itself, if earlier calls have settled all but the numbers."""
-    kernels = made_at_once(options, arguments, KernelWithItself(axes))
-    return None if kernels is None else kernels[0]
+    made = made_at_once(options, arguments, KernelWithItself(axes))
+    if made is None:
+        return None
+    (kernel,), returned = made
+    return kernel if returned is BARE else returned.output_tree((kernel,))
 
 
 @torch.no_grad()

@@ -108,25 +108,23 @@ class ModuleAtBatch:
     keeps_all: bool = False
     api: str = field(init=False)
     params: dict[str, Tensor] = field(init=False)  # those that are chosen, by name
-    size: int = field(init=False)
-    """How many samples there are."""
+    size: int = field(init=False)  # how many samples there are
     random_state: RandomState = field(init=False)
     """As it was when the call began: every evaluation draws the same numbers."""
-    last_call: FlatCall | OneTensor = field(init=False)
-    """The call of a sample that was evaluated last: it has the trees of the output."""
+    last_call: FlatCall | OneTensor = field(init=False)  # with the trees of the output
     is_lent_once: bool = True
     evaluations: Evaluations = field(default_factory=Evaluations)
     _thread: int | None = None  # for which it is undisturbed
 
     def __post_init__(self) -> None:
-        self.settled, self.products = settled_at(self.call, self.batching)
+        self.given, self.settled, self.products = settled_at(self.call, self.batching)
         self._is_settled = (settled := self.settled or self.products.settled) is not None
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
         self.size = (settled or self.batch).size
-        leaves = self.call.arguments[0] if settled else self.batch.samples.leaves
-        self.random_state = RandomState(leaves)
+        given = self.given if settled else None
+        self.random_state = RandomState(given.tensors if given else self.batch.samples.leaves)
 
     @kept_property
     def batch(self) -> SampledCall:
@@ -181,11 +179,11 @@ class ModuleAtBatch:
 
     def made_at_once(self, work: Work, beside: Beside | None = None) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
-        if self.settled is None or hasattr(self, "last_call"):
+        if (settled := self.settled) is None or hasattr(self, "last_call"):
             return None
-        self.last_call, settled = OneTensor(), self.settled
+        self.last_call = settled.returned
         make = partial(settled.made, work=work, beside=beside)
-        return again(self.call, settled, make, partial(lent_again, self, settled))
+        return again(self.call, self.given, settled, make, partial(lent_again, self, settled))
 
     def contracted(
         self,
@@ -212,14 +210,14 @@ class ModuleAtBatch:
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
-            factors = None
+            factors, drawn = None, self.random_state
             if (settled := self.settled) is not None and stop - start == self.size:
-                self.last_call = OneTensor()
-                tried = lambda make: settled.tried(make, self.random_state)  # noqa: E731
-                factors = again(self.call, settled, settled.evaluated, tried)
+                self.last_call = settled.returned
+                tried = lambda make: settled.tried(make, drawn)  # noqa: E731
+                factors = again(self.call, self.given, settled, settled.evaluated, tried)
             if factors is None:
-                every = self.call, self.batching, self.independent, self.random_state
-                factors, self.last_call = evaluated_anew(*every, start, stop)
+                every = self.call, self.given, self.independent, drawn, start, stop
+                factors, self.last_call = evaluated_anew(*every)
             seen = (start, stop), factors.outputs
             in_words_of(self.api, lambda: self.evaluations.check(*seen), *SAME_EACH_TIME)
             yield factors

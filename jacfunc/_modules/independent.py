@@ -25,7 +25,7 @@ from jacfunc._planning import Auto
 from jacfunc._remembered import Remembered
 from jacfunc._settled import settled_by
 from jacfunc._torch import is_outermost
-from jacfunc._trees import Arguments, flatten
+from jacfunc._trees import Arguments, Given, flatten
 from jacfunc._trials import IN_FRONT, batch_norms
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
@@ -127,11 +127,10 @@ def _settle_one(
     settled: SettledCalls, call: ModuleCall, strategy: Strategy, result: Evaluation
 ) -> None:
     """Keep what a call of a whole batch has shown, if that is one sample."""
-    args, kwargs = call.arguments
-    if kwargs or len(args) != 1 or type(args[0]) is not Tensor or args[0].shape[:1] != (1,):
+    given, outputs = Given.of(call.arguments), result.outputs
+    if given is None or batch_norms(call.state):
         return
-    output, _ = result.value_and_aux()
-    if type(output) is not Tensor or output.shape[:1] != (1,) or batch_norms(call.state):
+    if any(x.shape[:1] != (1,) for x in (*given.tensors, *outputs)):
         return
     if not isinstance(result.call, FlatCall) or not pulls_all_rows(strategy, result.call):
         return

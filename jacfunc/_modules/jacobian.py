@@ -196,8 +196,8 @@ def module_jacobian(
     options = ModuleOptions.read(*choices, outputs=outputs)
     argnums, chosen = argnums_of(API, wrt), resolve(API, strategy, chunk_size, memory)
     called = partial(call_of, options, argnums, inputs, full_output, create_graph)
-    beside = inputs, dtype, device, out, full_output, create_graph
-    settled = SettledCalls.of(options, argnums, flat, beside)
+    beside = dtype, device, out, full_output, create_graph
+    settled = SettledCalls.of(options, argnums, inputs, chosen, flat, beside)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         check_uncompiled(API)

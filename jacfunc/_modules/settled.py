@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from functools import cache, partial
 from typing import Any, Self, TypeVar
 
-from torch import Tensor
 from torch.compiler import is_compiling
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import BARE, FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
 from jacfunc._lock import alone
@@ -18,34 +17,52 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._remembered import MOST_KINDS, Recent, Remembered
+from jacfunc._planning import Auto, Autotune
+from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._settled import Beside, KnownProducts, SettledBatch, Work, settled_by
+from jacfunc._settled import (
+    Beside,
+    KnownProducts,
+    SettledBatch,
+    Work,
+    blocks_of,
+    kept,
+    matrix_of,
+    settled_by,
+)
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._traces import MOST_MISSES
-from jacfunc._trees import Arguments, kind_of
+from jacfunc._trees import Arguments, Given, Split
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Leaves, Tree
-from jacfunc.strategies import Evaluation
+from jacfunc.strategies import Evaluation, Forward, Looped, Reverse, Strategy, Structured
 
 ResultT = TypeVar("ResultT")
 
 
 class SettledCalls:
-    """What the calls of one door have settled, by the kind of their only argument.
+    """What the calls of one door have settled, by the kind of what the module is given.
 
-    They differentiate each sample by parameters, by that argument, or by both, and return new
-    tensors; ``flat``, one matrix. A whole batch is differentiated so by parameters, if it is one
-    sample: the Jacobian is the same.
+    They differentiate each sample by parameters, by inputs, or by both, and return new tensors;
+    ``flat``, one matrix. A whole batch is differentiated so by parameters, if it is one sample: the
+    Jacobian is the same. Equal doors share what they have settled.
     """
 
-    def __init__(self, independence: Independence, flat: bool, of_whole: bool = False) -> None:
+    def __init__(
+        self, independence: Independence, flat: bool, of_whole: bool, door: Hashable
+    ) -> None:
         self._independence, self._flat, self._of_whole = independence, flat, of_whole
-        self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
+        self._door = door, flat, of_whole
 
     @classmethod
     def of(
-        cls, options: ModuleOptions, argnums: Argnums, flat: bool, beside: Sequence[Any]
+        cls,
+        options: ModuleOptions,
+        argnums: Argnums,
+        inputs: object,
+        strategy: Strategy,
+        flat: bool,
+        beside: Sequence[Any],
     ) -> Self | None:
         """Those of a door; None where its results are others, as options ``beside`` these say."""
         # of another order, or a tuple of one, the tree is another one
@@ -55,82 +72,91 @@ class SettledCalls:
         of_whole = options.batching is None
         if of_whole and argnums != POSITIONS["params"]:
             return None
-        return cls(options.independence, flat, of_whole)
+        # of others nothing tells which are equal, nor what they keep alive
+        is_ours = type(strategy) in (Auto, Autotune, Reverse, Forward, Structured, Looped)
+        door = argnums, repr(inputs), strategy if is_ours else object()
+        return cls(options.independence, flat, of_whole, door)
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
-        if not (_is_one_tensor(arguments) and is_undisturbed()):
+        given = Given.of(arguments) if is_undisturbed() else None
+        if given is None:
             return None
-        x = arguments[0][0]
-        state_then, settled = self._by_kind.get(kind_of(x)) or (None, None)
-        if settled is None or state_then is not state:
+        settled = _by_door().get(state.version, (given.kind, self._door))
+        if settled is None:
             return None
-        make: Callable[..., Any] = settled.matrix if self._flat else settled.blocks
-        made = _counted(self._independence, state, settled, partial(make, state, x))
+        work = matrix_of if self._flat else blocks_of
+        again = partial(settled.result, state, given, work=work)
+        made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
         if self._flat:
-            return made[0] if self._of_whole else made
-        if not settled.names:
-            return made[0]
-        jacobian = dict(zip(settled.names, made, strict=False))
-        return (jacobian, made[-1]) if settled.by_inputs else jacobian
+            return made[0][0] if self._of_whole else made[0]
+        names, tree = settled.names, settled.tree
+        jacobian: Tree = dict(zip(names, made, strict=False))
+        if settled.inputs:
+            of_inputs = made[-1] if tree is None else tree.place(made[len(names) :])
+            jacobian = (jacobian, of_inputs) if names else of_inputs
+        return jacobian if settled.returned is BARE else settled.returned.output_tree((jacobian,))
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
-        is_usual = _is_one_tensor(call.arguments) and call.output_dims == IN_FRONT
-        if not is_usual or sampled.settles is None:
-            return
-        kind = kind_of(call.arguments[0][0])
-        before = self._by_kind.get(kind)
-        if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
+        given, settles = Given.of(call.arguments) if is_undisturbed() else None, sampled.settles
+        if given is None or call.output_dims != IN_FRONT or settles is None:
             return
         output, _ = result.value_and_aux()
-        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
-            if before is not None and before[0] is call.state:
-                settled.works = before[1].works  # what was written down holds, too
-            self._by_kind.put(kind, (call.state, settled))
+        settled_now = partial(settles, sampled.batch, call.state, result.call, output)
+        of = call.state.version, (given.kind, self._door)
+        if settled := kept(_by_door(), *of, settled_now):
+            inputs = Split.of(call.choice.split(call.arguments))
+            settled.tree = None if inputs.is_bare else inputs.without_leaves()
 
 
 def made_at_once(
     options: ModuleOptions, arguments: Arguments, work: Work, beside: Beside | None = None
-) -> Leaves | None:
+) -> tuple[Leaves, OneTensor] | None:
     """What ``work`` makes of all samples of a call by layers, which are evaluated once.
 
-    None where earlier calls have not settled all but the numbers, or where there is more to do.
+    It comes with the tree that the module returns. None where earlier calls have not settled all
+    but the numbers, or where there is more to do.
 
     Args:
         beside: gives the tensors that the work takes beside, if there are any.
     """
     is_usual = options.batching is not None and _are_usual(options)
-    if not (is_usual and _is_one_tensor(arguments) and is_undisturbed()):
+    given = Given.of(arguments) if is_usual and is_undisturbed() else None
+    if given is None:
         return None
-    (x,), _ = arguments
     with alone():
         state = options.current.found()
-        settled = _by_layers().get(state.version, kind_of(x))
-        if settled is None:
+        if (settled := _by_layers().get(state.version, given.kind)) is None:
             return None
-        again = partial(settled.result, state, x, work=work, beside=beside, api=options.api)
-        return _counted(options.independence, state, settled, again)
+        again = partial(settled.result, state, given, work=work, beside=beside, api=options.api)
+        made = _counted(options.independence, state, settled, again)
+        return None if made is None else (made, settled.returned)
 
 
-def settled_at(call: ModuleCall, batching: Batching) -> tuple[SettledBatch | None, KnownProducts]:
-    """What earlier calls at such arguments have settled, and what earlier products have.
+def settled_at(
+    call: ModuleCall, batching: Batching
+) -> tuple[Given | None, SettledBatch | None, KnownProducts]:
+    """What the module is given in a call, what earlier such calls have settled, and products have.
 
-    Nothing is known where others look at what torch does.
+    Nothing is known where others look at what torch does, or where not all outputs are asked for.
     """
-    if not _is_of_all(call, batching):
-        return None, KnownProducts(are_counted=False)
-    of = call.state.version, kind_of(call.arguments[0][0])
+    is_usual = call.asked is None and _are_in_front(batching) and is_undisturbed()
+    given = Given.of(call.arguments) if is_usual else None
+    if given is None:
+        return None, None, KnownProducts(are_counted=False)
+    of = call.state.version, given.kind
     is_told = call.independence.independent != "always"
-    return _by_layers().get(*of), KnownProducts.of(*of) if is_told else KnownProducts(False)
+    return given, _by_layers().get(*of), KnownProducts.of(*of) if is_told else KnownProducts(False)
 
 
 def again(
     call: ModuleCall,
+    given: Given | None,
     settled: SettledBatch,
-    make: Callable[[ModuleState, Tensor, Container[int]], ResultT | None],
+    make: Callable[[ModuleState, Given, Container[int]], ResultT | None],
     tried: Callable[[Callable[[], ResultT | None]], ResultT | None],
 ) -> ResultT | None:
     """What is made of one more evaluation of all samples; None if that does not suffice.
@@ -138,14 +164,15 @@ def again(
     Args:
         tried: lends the module and calls what it is given; None if that shows something new.
     """
-    state, x = call.state, call.arguments[0][0]
-    every = lambda compared: tried(partial(make, state, x, compared))  # noqa: E731
-    return _counted(call.independence, state, settled, every) if is_undisturbed() else None
+    if given is None or not is_undisturbed():
+        return None
+    every = lambda compared: tried(partial(make, call.state, given, compared))  # noqa: E731
+    return _counted(call.independence, call.state, settled, every)
 
 
 def evaluated_anew(
     call: ModuleCall,
-    batching: Batching,
+    given: Given | None,
     batch: SampledCall,
     random_state: RandomState,
     start: int,
@@ -153,31 +180,13 @@ def evaluated_anew(
 ) -> tuple[FactoredJacobian, FlatCall]:
     """Samples evaluated as if nothing was settled, and a call of one; what they settle is kept."""
     factors, made = batch.factors(start, stop)
-    if stop - start == batch.size:
-        _settle(call, batching, batch, factors, made)
+    is_whole = stop - start == batch.size and call.output_dims == IN_FRONT
+    if given is not None and is_whole and is_undisturbed():
+        output, _ = made.value(factors.outputs, factors.extras)
+        settled_now = partial(settled_by, batch, call.state, made, output)
+        kept(_by_layers(), call.state.version, given.kind, settled_now)
     random_state.repeat()
     return factors, made.without_graph()
-
-
-def _settle(
-    call: ModuleCall,
-    batching: Batching,
-    batch: SampledCall,
-    factors: FactoredJacobian,
-    made: FlatCall,
-) -> None:
-    """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
-    if not _is_of_all(call, batching) or call.output_dims != IN_FRONT:
-        return
-    of = call.state.version, kind_of(call.arguments[0][0])
-    before = _by_layers().get(*of)
-    if before is not None and before.misses >= MOST_MISSES:
-        return
-    output, _ = made.value(factors.outputs, factors.extras)
-    if settled := settled_by(batch, call.state, made, output):
-        if before is not None:
-            settled.works = before.works  # what was written down holds, too
-        _by_layers().put(*of, settled)
 
 
 def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
@@ -193,18 +202,6 @@ def _are_in_front(batching: Batching) -> bool:
     """Are samples in front of all inputs, and must draw nothing?"""
     in_dims = batching.in_dims
     return type(in_dims) is int and in_dims == 0 and batching.randomness == "error"
-
-
-def _is_one_tensor(arguments: Arguments) -> bool:
-    """Is a tensor all that the module gets?"""
-    args, kwargs = arguments
-    return not kwargs and len(args) == 1 and type(args[0]) is Tensor
-
-
-def _is_of_all(call: ModuleCall, batching: Batching) -> bool:
-    """Is a tensor all that the module gets, are all its outputs asked for, and looks nobody on?"""
-    is_usual = call.asked is None and _are_in_front(batching)
-    return is_usual and _is_one_tensor(call.arguments) and is_undisturbed()
 
 
 def _counted(
@@ -231,5 +228,11 @@ def _counted(
 
 @cache
 def _by_layers() -> Remembered[SettledBatch]:
-    """What is settled of each version of a module, by the kind of its only argument."""
+    """What is settled of each version of a module, by the kind of what it is given."""
+    return Remembered()
+
+
+@cache
+def _by_door() -> Remembered[SettledBatch]:
+    """What doors have settled of each version of a module, by that kind, and by their options."""
     return Remembered()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from jacfunc._calls import BARE, OneTensor
 from jacfunc._errors import UnseenWrite
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import NestedWatch
@@ -18,10 +19,11 @@ from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
+from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
+from jacfunc._trees import Given, Split
 from jacfunc._types import Leaves
 
 PLAIN, ALONE = (False, False), (False, False, 1)
@@ -31,18 +33,19 @@ ResultT = TypeVar("ResultT")
 
 
 class SettledBatch:
-    """A module at a tensor with the samples in front, as it was evaluated before.
+    """A module at tensors with the samples in front, as it was evaluated before.
 
     It returned one tensor with the samples in front, and ran as a whole. So it is evaluated again,
     with all checks of an evaluation; but what earlier ones have shown is not looked up on the way.
-    :meth:`result` is the way in, for whatever is made of the evaluated batch.
 
     Args:
         batch: an earlier call of this kind.
         names: of the chosen parameters, if it is differentiated by these.
-        output: what that call returned.
+        output: the tensor that the call returned.
         is_watched: must each evaluation be watched?
         by_layers: are parameters differentiated by factors of layers? Of one sample they need not.
+        inputs: numbers of the tensors that it is differentiated by, in order.
+        returned: the tree in which the call returned the tensor.
     """
 
     def __init__(
@@ -52,27 +55,21 @@ class SettledBatch:
         output: Tensor,
         is_watched: bool,
         by_layers: bool,
+        inputs: tuple[int, ...] = (),
+        returned: OneTensor = BARE,
     ) -> None:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
-        self.learned, self.misses = batch.learned_as_a_whole, 0
-        self.names, self.by_inputs, self.by_layers = names, batch.differentiates[1], by_layers
+        self.learned, self.misses, self.graph = batch.learned_as_a_whole, 0, 0
+        self.names, self.inputs, self.by_layers = names, inputs, by_layers
         self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
-        self.output = output.shape, output.dtype
-        self.works, self.graph = dict[Work, KnownWork](), 0
-
-    def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
-        """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
-        return self.result(state, x, compared, blocks_of)
-
-    def matrix(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Tensor | None:
-        """The matrix ``[B, M, N]``; None where the call must be taken anew."""
-        result = self.result(state, x, compared, matrix_of)
-        return None if result is None else result[0]
+        self.output, self.returned = (output.shape, output.dtype), returned
+        self.works = dict[Work, KnownWork]()
+        self.tree: Split | None = None  # of the inputs, if they are no lone tensor
 
     def result(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         compared: Container[int],
         work: Work,
         beside: Beside | None = None,
@@ -84,19 +81,17 @@ class SettledBatch:
 
         Args:
             state: the module as it is now, of the version of the earlier call.
-            x: a tensor of the same kind.
+            given: tensors of the same kinds.
             compared: signatures of evaluations after which batches were compared.
             beside: gives the tensors that the work takes beside, if there are any.
-
-        Raises:
-            RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        return self._lent(state, x, partial(self.made, state, x, compared, work, beside), api)
+        make = partial(self.made, state, given, compared, work, beside)
+        return self._lent(state, given, make, api)
 
     def made(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         compared: Container[int],
         work: Work,
         beside: Beside | None,
@@ -106,10 +101,11 @@ class SettledBatch:
         if not known.calls and len(self.works) < MOST_WORKS:
             self.works[work] = known
         if known.sweep is not None:
-            result = known.swept(self, state, x, compared, beside)
+            result = known.swept(self, state, given, compared, beside)
             if result is not None:
                 return result
-        if (jacobian := self.evaluated(state, x, compared)) is None:
+        jacobian = self.evaluated(state, given, compared)
+        if jacobian is None or not (beside is None or self.returned is BARE):  # as losses need it
             return None
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
@@ -117,14 +113,14 @@ class SettledBatch:
         pullbacks: Any = jacobian.linearization
         self.is_batchable = pullbacks.is_batchable
         if known.calls == FEWEST_CALLS:
-            known.learn(self, state, x, tensors, result)
+            known.learn(self, state, given, tensors, result)
         return result
 
     def _lent(
-        self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None], api: str = ""
+        self, state: ModuleState, given: Given, make: Callable[[], ResultT | None], api: str = ""
     ) -> ResultT | None:
         """What is made while the module is lent; None if the call must be taken anew."""
-        random_state = RandomState((x, *state.params.values()))
+        random_state = RandomState((*given.tensors, *state.params.values()))
         try:
             lent = state.lent_for_call(api or self.api, self.names, is_current=True)
             with torch.set_grad_enabled(False), lent:  # at less cost than no_grad()
@@ -155,7 +151,7 @@ class SettledBatch:
         return result
 
     def evaluated(
-        self, state: ModuleState, x: Tensor, compared: Container[int]
+        self, state: ModuleState, given: Given, compared: Container[int]
     ) -> FactoredJacobian | None:
         """The batch, evaluated once; None if it shows something new.
 
@@ -169,20 +165,20 @@ class SettledBatch:
             UnseenWrite: if a parameter that is no copy was written into.
         """
         try:
-            return self._evaluated(state, x, compared)
+            return self._evaluated(state, given, compared)
         except UnseenWrite:
             self.learned.ruled = None  # later evaluations get copies again
             raise
 
     def _evaluated(
-        self, state: ModuleState, x: Tensor, compared: Container[int]
+        self, state: ModuleState, given: Given, compared: Container[int]
     ) -> FactoredJacobian | None:
         if self.names and state.hooks():
             return None
         with recording(), MathAttention():
-            own = self.repeated(state, x)
+            own = self.repeated(state, given)
             # of one sample nothing can be learned of others
-            out = self.run(state, x, own, nullcontext() if self.is_plain else own.recorder)
+            out = self.run(state, given, own, nullcontext() if self.is_plain else own.recorder)
             if out is None:
                 return None
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
@@ -190,7 +186,7 @@ class SettledBatch:
             jacobian, self.graph = own.jacobian(out, as_evaluated), own.recorder.graph
         if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
             return None
-        if jacobian.reads_values and not self.are_alone(state, x, out):
+        if jacobian.reads_values and not self.are_alone(state, given, out):
             return None
         return jacobian
 
@@ -206,12 +202,12 @@ class SettledBatch:
     def repeated(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         sources: Sources | None = None,
         reads: Reads | None = None,
     ) -> RepeatedEvaluation:
-        how = self.learned, self.by_layers, self.by_inputs, sources, reads
-        own = RepeatedEvaluation(self.params(state), x, *how)
+        how = self.learned, self.by_layers, self.inputs, sources, reads
+        own = RepeatedEvaluation(self.params(state), given.tensors, *how)
         own.is_batchable = self.is_batchable
         # of many samples the graph must be that after which batches were compared
         own.recorder.pulls_many = self.is_batchable or not self.is_alone
@@ -220,7 +216,7 @@ class SettledBatch:
     def run(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         own: RepeatedEvaluation,
         recorder: AbstractContextManager[object],
     ) -> Tensor | None:
@@ -231,20 +227,24 @@ class SettledBatch:
         with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
             if state.buffers:
                 own.recorder.begin(state.module, state.buffers.values())
-            out = run_as_written(state.module, own.x)
+            called = state.module if given.merge is None else given.called(state.module)
+            output = run_as_written(called, *own.tensors)
         if watch is not None:
-            watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))
-        is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
-        return out if is_like and out.requires_grad else None
+            watch.check_copies((*self.params(state), *[given.tensors[n] for n in self.inputs]))
+        out = output if self.returned is BARE else self.returned.tensor_in(output)
+        if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
+            return None
+        return out if out.requires_grad else None
 
-    def are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+    def are_alone(self, state: ModuleState, given: Given, out: Tensor) -> bool:
         """Are outputs those of each sample alone, whose numbers may lead another way?"""
-        rows, chosen = [], dict(zip(self.names, self.params(state), strict=True))
-        for number in range(len(x)):
+        rows, chosen = list[Tensor](), dict(zip(self.names, self.params(state), strict=True))
+        for number in range(self.size):
+            own = tuple([x[number : number + 1].clone() for x in given.tensors])
             with state.lent_for_evaluation({n: p.detach().clone() for n, p in chosen.items()}):
-                rows.append(run_as_written(state.module, x[number : number + 1].clone()))
-        if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
-            return False
-        alone = torch.cat(rows)
-        is_like = (alone.shape, alone.dtype) == self.output
+                output = run_as_written(given.called(state.module), *own)
+            if (row := self.returned.tensor_in(output)) is None or row.shape[1:] != out.shape[1:]:
+                return False
+            rows.append(row)
+        is_like = ((alone := torch.cat(rows)).shape, alone.dtype) == self.output
         return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)

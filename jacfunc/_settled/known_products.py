@@ -14,7 +14,7 @@ from torch import Tensor
 from jacfunc._errors import UnseenWrite
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
-from jacfunc._lending import ModuleState, Version
+from jacfunc._lending import Version
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import sparing
@@ -25,6 +25,7 @@ from jacfunc._settled.reads import Reads
 from jacfunc._settled.sweeps import MOST_WORKS, Sweep, Work, evaluated_with_sources
 from jacfunc._torch import RandomState
 from jacfunc._traces import MOST_BYTES, MOST_MISSES, Sources
+from jacfunc._trees import Given
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -101,11 +102,12 @@ class KnownProducts:
 
     def at(self, at_batch: AtBatch, sweeps: Sequence[Sweep]) -> WrittenPoint | None:
         """A point, evaluated while the module is lent for it; None where sweeps do not hold."""
-        (state, x), settled, first = _place_of(at_batch), self.settled, sweeps[0]
-        assert settled is not None
+        state, given, settled, first = at_batch.call.state, at_batch.given, self.settled, sweeps[0]
+        if settled is None or given is None:
+            return None
 
         def made() -> WrittenPoint | None:
-            evaluated = evaluated_with_sources(settled, state, x, first.reads)
+            evaluated = evaluated_with_sources(settled, state, given, first.reads)
             if evaluated is None or not first.holds_for(evaluated):
                 return None
             own, sources, out = evaluated
@@ -141,7 +143,9 @@ class AtBatch(Protocol):
     """A module at a batch, lent when something is asked of it."""
 
     call: Any
-    """With the state of the module and its arguments."""
+    """With the state of the module."""
+    given: Given | None
+    """What it is given, if that is plain."""
     random_state: RandomState
     """As it was when the call began: every evaluation draws the same numbers."""
 
@@ -161,8 +165,9 @@ def lent_again(
     None if it fails, or draws numbers: then it must be taken anew, as if nothing was settled.
     """
     call, random_state = at_batch.call, at_batch.random_state
+    tensors = at_batch.given.tensors if at_batch.given else ()
     with alone(), sparing(call.independence.memory):
-        now = RandomState(call.arguments[0])
+        now = RandomState(tensors)
         random_state.repeat()
         try:
             lent = call.state.lent_for_call(call.api, settled.names)
@@ -180,30 +185,27 @@ def _written(
     Raises:
         Nameless: if they can't be written down.
     """
-    (state, x), batch = _place_of(at_batch), at_batch.batch
+    state, given, batch = at_batch.call.state, at_batch.given, at_batch.batch
+    if given is None:
+        return None
     is_watched = not is_unwatched(at_batch.call.flat_call(), ALONE)
     settled = SettledBatch(batch, tuple(state.point), output, is_watched, by_layers=False)
     settled.is_alone = True  # as one sample is, by the parameters as they are
     settled.is_batchable = False  # one cotangent is pulled back at a time
-    first = evaluated_with_sources(settled, state, x)
+    first = evaluated_with_sources(settled, state, given)
     # what Python reads may lead a batch another way than its samples, which others look for
     if first is None or first[0].recorder.reads_values:
         return None
     pair = zip(steps, pairs, strict=True)
     sweeps = [Sweep(first, beside, work) for work, (beside, _) in pair]
-    second = evaluated_with_sources(settled, state, x, sweeps[0].reads)
+    second = evaluated_with_sources(settled, state, given, sweeps[0].reads)
     if second is None:
         return None
     fit = [sweep.fits(second, *pair) for sweep, pair in zip(sweeps, pairs, strict=True)]
     return (settled, sweeps) if all(fit) else None
 
 
-def _place_of(at_batch: AtBatch) -> tuple[ModuleState, Tensor]:
-    """The module and its only argument."""
-    return at_batch.call.state, at_batch.call.arguments[0][0]
-
-
 @cache
 def _known() -> Remembered[KnownProducts]:
-    """What is known of products with each version of a module, by the kind of its only argument."""
+    """What is known of products with each version of a module, by the kind of what it is given."""
     return Remembered()

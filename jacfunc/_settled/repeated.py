@@ -72,21 +72,20 @@ class PlainRecorder(OperationRecorder):
 
 
 class RepeatedEvaluation:
-    """What a function of parameters and of a tensor with the samples in front gets, and its graph.
+    """What a function of parameters and of tensors with samples in front gets, and its graph.
 
-    It is made while autograd records. The function is called with ``handles`` and ``x`` under the
-    ``recorder``; of what it returns :meth:`jacobian` is the Jacobian.
+    It is made while autograd records. The function is called with ``handles`` and ``tensors``; of
+    what it returns :meth:`jacobian` is the Jacobian.
 
     Args:
         params: what all samples share, and it is differentiated by.
-        x: the tensor of all samples.
+        tensors: those of all samples.
         learned: what earlier evaluations have shown.
         by_layers: are operations looked for that use parameters? Else these are differentiated as
             they are, which one sample alone allows.
-        by_inputs: is it differentiated by ``x``, too?
+        inputs: numbers of the tensors that it is differentiated by, too.
         sources: where the tensors that a sweep may read are kept, if they are.
-        reads: what is known of the operations that use parameters; else they are looked for, if
-            it is differentiated by layers.
+        reads: what is known of operations that use parameters; by layers they are looked for else.
     """
 
     is_batchable = True
@@ -95,14 +94,14 @@ class RepeatedEvaluation:
     def __init__(
         self,
         params: Leaves,
-        x: Tensor,
+        tensors: Leaves,
         learned: LearnedUses,
         by_layers: bool,
-        by_inputs: bool,
+        inputs: tuple[int, ...],
         sources: Sources | None = None,
         reads: Reads | None = None,
     ) -> None:
-        count, self._size, self._learned = len(params), x.shape[0], learned
+        count, self._size, self._learned = len(params), tensors[0].shape[0], learned
         self._lent = lent = learned.lent if by_layers else reads.lent if reads else set[int]()
         primals = map(Tensor.clone, params) if any(map(Tensor.is_inference, params)) else params
         self.handles = anchors = [*map(Tensor.requires_grad_, map(Tensor.detach, primals))]
@@ -111,13 +110,14 @@ class RepeatedEvaluation:
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
-        self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
-        self._params = (*params, x[0]) if by_inputs else params
-        every = (*self.handles, self.x)
-        self.primals: Leaves = every[: len(self._params)]
+        self.tensors: Leaves = ()
+        for n, x in enumerate(tensors):
+            own = writable_copy(differentiable_alias(x, False)) if n in inputs else x.clone()
+            self.tensors += (own,)
+        self._params = (*params, *[tensors[n][0] for n in inputs]) if inputs else params
+        self.primals: Leaves = (*self.handles, *map(self.tensors.__getitem__, inputs))
         # a leaf stands for itself, as its node is made where it is used
-        marks = [handle.grad_fn or id(handle) for handle in self.primals]
-        self.starts: dict[Any, int] = dict(zip(marks, range(len(marks)), strict=True))
+        self.starts: dict[Any, int] = {x.grad_fn or id(x): n for n, x in enumerate(self.primals)}
         self.first = Graphs.num_nodes()
         self.recorder: OperationRecorder
         if by_layers and reads is None:
@@ -130,9 +130,9 @@ class RepeatedEvaluation:
             self._versions = [*map(_VERSION, self.handles)]
         # the function may write into these; where uses are known, nothing is pulled back
         self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
-        self._direct += [Direct(count)] if by_inputs else []
+        self._direct += map(Direct, range(count, len(self.primals)))
         direct = self._direct if reads is None else ()
-        self._anchors = [Anchor.behind(every[each.number]) for each in direct]
+        self._anchors = [Anchor.behind(self.primals[each.number]) for each in direct]
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into, where sources are kept.

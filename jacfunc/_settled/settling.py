@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Hashable
 
+from jacfunc._calls import OneTensor
 from jacfunc._factored import LearnedUses
 from jacfunc._faults import is_unwatched
 from jacfunc._layouts import OUT, Layout
-from jacfunc._lending import ModuleState
+from jacfunc._lending import ModuleState, Version
+from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, PLAIN, SettledBatch
+from jacfunc._traces import MOST_MISSES
+from jacfunc._trees import flatten
 from jacfunc._types import Tree
+
+
+def kept(
+    memory: Remembered[SettledBatch],
+    version: Version,
+    kind: Hashable,
+    settled_now: Callable[[], SettledBatch | None],
+) -> SettledBatch | None:
+    """What a call has settled, which is kept for later ones of its kind.
+
+    None where it has settled nothing, or where too many calls had to be taken anew.
+    """
+    before = memory.get(version, kind)
+    if before is not None and before.misses >= MOST_MISSES:
+        return None
+    if settled := settled_now():
+        if before is not None:
+            settled.works = before.works  # what was written down holds, too
+        memory.put(version, kind, settled)
+    return settled
 
 
 def settled_by(
@@ -25,16 +49,31 @@ def settled_by(
     """
     names = tuple(state.point) if batch.differentiates[0] else ()
     by_layers = by_layers and bool(names)
-    is_alone, learned = batch.size == 1, batch.learned_as_a_whole
+    is_alone, learned, returned = batch.size == 1, batch.learned_as_a_whole, OneTensor.of(output)
     is_refused = "as a whole" in LearnedUses.of(batch.kind).refused
-    if type(output) is not Tensor or not batch.size or (is_refused and not is_alone):
+    if returned is None or not batch.size or (is_refused and not is_alone):
         return None
-    if not (is_alone or _is_in_front(learned, bool(names))):
+    inputs = _inputs_of(batch, len(names)) if batch.differentiates[1] else ()
+    if inputs is None:
+        return None
+    # while numbers may be moved anew, each evaluation is compared
+    if not is_alone and (learned.moves_samples or not _is_in_front(learned, bool(names))):
         return None
     if by_layers and (is_refused or learned.ruled is None or learned.others):
         return None
     around = ALONE if is_alone and not by_layers else PLAIN
-    return SettledBatch(batch, names, output, not is_unwatched(call, around), by_layers)
+    (tensor,), is_watched = flatten(output)[0], not is_unwatched(call, around)
+    return SettledBatch(batch, names, tensor, is_watched, by_layers, inputs, returned)
+
+
+def _inputs_of(batch: SampledCall, num_params: int) -> tuple[int, ...] | None:
+    """Numbers of the tensors by which a batch is differentiated; None if they are not clear."""
+    leaves = batch.samples.leaves
+    if batch.whole is None or len({*map(id, leaves)}) < len(leaves):
+        return None
+    call, numbers = batch.whole(leaves)
+    own = range(num_params, len(call.primals))
+    return tuple(map(numbers.__getitem__, own)) if numbers.keys() >= {*own} else None
 
 
 def _is_in_front(learned: LearnedUses, has_layers: bool) -> bool:

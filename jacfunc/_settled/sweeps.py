@@ -27,6 +27,7 @@ from jacfunc._traces import (
     are_same,
     outline,
 )
+from jacfunc._trees import Given
 from jacfunc._types import Leaves
 
 MOST_WORKS = 4
@@ -137,7 +138,7 @@ class Evaluator(Protocol):
     def repeated(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         sources: Sources | None = None,
         reads: Reads | None = None,
     ) -> RepeatedEvaluation:
@@ -146,13 +147,13 @@ class Evaluator(Protocol):
     def run(
         self,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         own: RepeatedEvaluation,
         recorder: AbstractContextManager[object],
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
 
-    def are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+    def are_alone(self, state: ModuleState, given: Given, out: Tensor) -> bool:
         """Are outputs those of each sample alone?"""
 
 
@@ -175,13 +176,13 @@ class KnownWork:
         self,
         settled: Evaluator,
         state: ModuleState,
-        x: Tensor,
+        given: Given,
         compared: Container[int],
         beside: Beside | None,
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
-        result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
+        result, evaluated = None, evaluated_with_sources(settled, state, given, self.sweep.reads)
         if evaluated is not None:
             own, sources, out = evaluated
             is_like = self.sweep.holds_for(evaluated)
@@ -194,17 +195,17 @@ class KnownWork:
         return result
 
     def learn(
-        self, settled: Evaluator, state: ModuleState, x: Tensor, beside: Leaves, result: Leaves
+        self, settled: Evaluator, state: ModuleState, given: Given, beside: Leaves, result: Leaves
     ) -> None:
         """Write down how this result is made, if that can be."""
         if sum(x.nbytes for x in result) > MOST_BYTES:
             return
-        first = evaluated_with_sources(settled, state, x)
+        first = evaluated_with_sources(settled, state, given)
         if first is None:
             return
         try:
             sweep = Sweep(first, beside, self.work, settled.graph)
-            second = evaluated_with_sources(settled, state, x, sweep.reads)
+            second = evaluated_with_sources(settled, state, given, sweep.reads)
             if second is not None and sweep.fits(second, beside, result):
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
@@ -212,7 +213,7 @@ class KnownWork:
 
 
 def evaluated_with_sources(
-    settled: Evaluator, state: ModuleState, x: Tensor, reads: Reads | None = None
+    settled: Evaluator, state: ModuleState, given: Given, reads: Reads | None = None
 ) -> Evaluated | None:
     """An evaluation of which all is kept that a sweep may read; None if it returns otherwise.
 
@@ -227,11 +228,11 @@ def evaluated_with_sources(
     sources = Sources()
     attention = MathAttention() if reads is None or reads.attends else nullcontext()
     with recording(), attention:
-        own = settled.repeated(state, x, sources, reads)
+        own = settled.repeated(state, given, sources, reads)
         with sources.saving():
-            out = settled.run(state, x, own, own.recorder)
+            out = settled.run(state, given, own, own.recorder)
     own.check_unwritten()
     if out is None:
         return None
     is_told = settled.is_alone or not own.recorder.reads_values
-    return (own, sources, out) if is_told or settled.are_alone(state, x, out) else None
+    return (own, sources, out) if is_told or settled.are_alone(state, given, out) else None

@@ -10,6 +10,7 @@ from jacfunc._trees.in_dims import (
 )
 from jacfunc._trees.objects import referred
 from jacfunc._trees.split import (
+    Given,
     Split,
     holds_floats_alone,
     kind_of,
@@ -18,6 +19,7 @@ from jacfunc._trees.split import (
     without_settings,
 )
 from jacfunc._trees.tree import (
+    LEAF,
     Structure,
     StructureError,
     aligned,

@@ -20,7 +20,7 @@ from jacfunc._trees.tree import (
     is_leaf,
     unflatten,
 )
-from jacfunc._types import Tree, is_differentiable, is_tensor
+from jacfunc._types import Leaves, Tree, is_differentiable, is_tensor
 
 
 def paths(tree: Tree, root: str) -> list[str]:
@@ -110,6 +110,10 @@ class Split:
         """A tree with a value in the place of each chosen leaf, and None for each constant."""
         return self.merge(values, [None] * len(self.constants))
 
+    def without_leaves(self) -> Split:
+        """The tree for later :meth:`place`, which keeps no tensor."""
+        return Split(self.spec, self.is_chosen, (), (None,) * len(self.constants))
+
     @property
     def is_bare(self) -> bool:
         """Is the tree a single leaf, in no container?"""
@@ -145,3 +149,50 @@ class Split:
         paths = self.paths("")
         names = [".".join(map("".join, _STEP.findall(path))) for path in paths]
         return tuple(names if len(set(names)) == len(names) else paths)
+
+
+_PLAIN = frozenset({bool, int, float, str})
+
+
+@dataclass(eq=False, slots=True)
+class Given:
+    """What a module is given in a call whose kind tells all about it but the numbers.
+
+    Args:
+        tensors: all there are, in the order of the arguments.
+        kind: equal for calls that differ in the numbers of their tensors alone.
+        merge: puts tensors in the places of these; None where there is one, by position.
+    """
+
+    tensors: Leaves
+    kind: Hashable
+    merge: Callable[[Leaves], Tree] | None = None
+
+    @classmethod
+    def of(cls, arguments: tuple[tuple[Tree, ...], dict[str, Tree]]) -> Given | None:
+        """What arguments hold; None where not all of it is plain, or has the samples in front."""
+        args, kwargs = arguments
+        if not kwargs and len(args) == 1 and type(args[0]) is Tensor:  # the usual case
+            return cls(args, kind_of(args[0]))
+        split = Split.of(arguments, is_tensor)
+        tensors, constants = split.leaves, split.constants
+        if not (tensors and all(type(x) is Tensor and x.dim() for x in tensors)):
+            return None
+        if len({x.shape[0] for x in tensors}) > 1 or not _PLAIN.issuperset(map(type, constants)):
+            return None
+        # 1, 1.0 and True are equal, but no settings that are
+        settings = tuple(map(repr, constants))
+        kind = split.spec, split.is_chosen, tuple(map(kind_of, tensors)), settings
+        return cls(tensors, kind, split.merge)
+
+    def called(self, module: Callable[..., Any]) -> Callable[..., Any]:
+        """The module as a function of tensors in the places of these."""
+        merge = self.merge
+        if merge is None:
+            return module
+
+        def call(*tensors: Tensor) -> Any:
+            args, kwargs = merge(tensors)
+            return module(*args, **kwargs)
+
+        return call

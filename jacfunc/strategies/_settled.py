@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, columns_to_blocks, owned, unit_seeds
-from jacfunc._calls import Derivation, FlatCall, OneTensor
+from jacfunc._calls import BARE, Derivation, FlatCall
 from jacfunc._faults import runs_alone
 from jacfunc._linear_map import (
     check_numbers,
@@ -120,7 +120,7 @@ class SettledFunction:
         if leads_out or out.shape != shape or out.dtype != x.dtype:
             return None
         blocks = columns_to_blocks(owned((columns,)), (out,), (x,))
-        return Evaluation(OneTensor(), blocks, lambda: ((out,), ()), NEW_TENSORS)
+        return Evaluation(BARE, blocks, lambda: ((out,), ()), NEW_TENSORS)
 
     def _pulled(self, x: Tensor, rows: SettledRows) -> Evaluation | None:
         """An evaluation by rows; None where the output, or the graph, is of another kind."""
@@ -131,7 +131,7 @@ class SettledFunction:
         if known is None:
             return None
         out, block = known
-        return Evaluation(OneTensor(), ((block,),), lambda: ((out.detach(),), ()), NEW_TENSORS)
+        return Evaluation(BARE, ((block,),), lambda: ((out.detach(),), ()), NEW_TENSORS)
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:
