@@ -105,10 +105,9 @@ class SettledBatch:
         known = self.works.get(work) or KnownWork(work)
         if not known.calls and len(self.works) < MOST_WORKS:
             self.works[work] = known
-        if known.sweep is not None:
-            result = known.swept(self, state, x, compared, beside)
-            if result is not None:
-                return result
+        result = known.swept(self, state, x, compared, beside) if known.sweep else None
+        if result is not None:
+            return result
         if (jacobian := self.evaluated(state, x, compared)) is None:
             return None
         tensors = beside(jacobian.outputs) if beside else ()
@@ -226,13 +225,14 @@ class SettledBatch:
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
-        if self.is_watched:
+        if self.is_watched and own.is_watched:
             watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
         with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
             if state.buffers:
                 own.recorder.begin(state.module, state.buffers.values())
             out = run_as_written(state.module, own.x)
         if watch is not None:
+            own.is_watched = watch.stays_watched
             watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))
         is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
         return out if is_like and out.requires_grad else None

@@ -104,6 +104,7 @@ class RepeatedEvaluation:
     ) -> None:
         count, self._size, self._learned = len(params), x.shape[0], learned
         self._lent = lent = learned.lent if by_layers else reads.lent if reads else set[int]()
+        self.is_watched = reads is None or reads.is_watched
         primals = map(Tensor.clone, params) if any(map(Tensor.is_inference, params)) else params
         self.handles = anchors = [*map(Tensor.requires_grad_, map(Tensor.detach, primals))]
         if lent and reads is None:  # rules pull back to what each use gets
@@ -112,8 +113,7 @@ class RepeatedEvaluation:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
         self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
-        self._params = (*params, x[0]) if by_inputs else params
-        every = (*self.handles, self.x)
+        self._params, every = (*params, x[0]) if by_inputs else params, (*self.handles, self.x)
         self.primals: Leaves = every[: len(self._params)]
         # a leaf stands for itself, as its node is made where it is used
         marks = [handle.grad_fn or id(handle) for handle in self.primals]
