@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import attrgetter, methodcaller
+from itertools import repeat
+from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,7 +48,9 @@ def outline(
             return None
         kinds += (kind,)
         if reader is not _NOTHING:
-            kinds += reader.values(node, told)
+            kinds += (reader.sure(node),)
+            if reader.has_more:
+                kinds += reader.values(node, told)
         for below, output in node.next_functions:
             if below not in numbers:
                 if type(below) is Graphs.LEAF:
@@ -75,13 +78,15 @@ class _Reader(NamedTuple):
     sure: Callable[[Any], Any] = type
     unsure: tuple[str, ...] = ()
     factors: tuple[str, ...] = ()
+    has_more: bool = False
+    """Is there more than what is sure? Of most kinds there is not."""
 
     def values(self, node: Any, told: Sequence[Tensor]) -> list[Any]:
-        """The values of a node; see :func:`outline`."""
-        values = [self.sure(node), *[_without_tensors(getattr(node, name)) for name in self.unsure]]
+        """The values of a node that are not sure; see :func:`outline`."""
+        values = [_without_tensors(getattr(node, name)) for name in self.unsure]
         for name in self.factors:
             factor = getattr(node, name)
-            if _is_number(factor) and not any(factor is tensor for tensor in told):
+            if _is_number(factor) and not any(map(is_, repeat(factor), told)):
                 values += name, factor.item()
         return values
 
@@ -105,7 +110,8 @@ def _learned(node: Any) -> _Reader | None:
     unsure = tuple([name for name in plain if _lacks_something(values[name])])
     sure = [name for name in plain if name not in unsure]
     factors = tuple([name for name in _FACTORS if name in values]) if _FACTORS[0] in values else ()
-    reader = _Reader(attrgetter(*sure) if sure else type, unsure, factors)
+    has_more = bool(unsure or factors)
+    reader = _Reader(attrgetter(*sure) if sure else type, unsure, factors, has_more)
     return _readers().setdefault(kind, reader if reader != _NOTHING else _NOTHING)
 
 

@@ -35,7 +35,7 @@ _METHODS = {
         "Scalar": ("pow_",),
     }.items()
     for name in names
-}
+} | {_ATEN._unsafe_view.default: "view"}  # they differ for autograd alone
 """Operators, with the names of methods that take the same arguments in the same order.
 
 A call of an operator from Python takes three times as long."""
