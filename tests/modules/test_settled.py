@@ -12,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import jacfunc
 from jacfunc._faults.nested import NestedWatch
+from jacfunc._settled.sweeps import FEWEST_CALLS
 
 COUNT = {"evaluations": 0}
 """Beside the module, whose own state is put back after a call."""
@@ -267,7 +268,7 @@ def test_results_share_no_memory(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_what_may_catch_errors_stays_watched(size: int) -> None:
+def test_what_may_catch_errors_stays_watched_until_its_operations_are_compared(size: int) -> None:
     class Catching(Network):
         def forward(self, x: Tensor) -> Any:
             modes = _get_current_function_mode_stack()
@@ -283,7 +284,9 @@ def test_what_may_catch_errors_stays_watched(size: int) -> None:
     WATCHES.clear()
     COUNT["evaluations"] = 0
     assert_same(jac(x), expected)
-    assert COUNT["evaluations"] == len(WATCHES) == 1
+    assert COUNT["evaluations"] == 1
+    # a written sweep holds for the same operations alone: see tests/settled/test_watches.py
+    assert len(WATCHES) == (0 if BEFORE["calls"] > FEWEST_CALLS else 1)
 
 
 def test_module_is_left_as_it_was() -> None:

@@ -35,6 +35,8 @@ class Trying(nn.Module):
                 h = torch.sinc(h)
             elif self.way[0] == "frozen":
                 h = h * h.detach()
+            elif self.way[0] == "maps":
+                torch.vmap(Tensor.item)(h[:, 0])
         except RuntimeError:
             pass
         out: Tensor = self.last(h)
@@ -141,3 +143,25 @@ def rows_after_write(module: Trying, x: Tensor) -> Tensor:
                 parts = torch.autograd.grad(value, [*own.values()], retain_graph=True)
                 rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows).view(len(x), -1, rows[0].numel())
+
+
+@pytest.mark.parametrize("size", [1, B])
+@pytest.mark.parametrize("wrt", ["params", "inputs"])
+def test_an_error_that_only_a_watch_tells_is_told_later_too(wrt: Any, size: int) -> None:
+    torch.manual_seed(0)
+    module, x = Trying(), torch.randn(size, 5, dtype=torch.float64)
+    jac = jacobian_of(module, wrt)
+    for _ in range(CALLS):
+        jac(x)
+    assert not num_watches(lambda: jac(x))
+    module.way[0] = "maps"
+    told = []
+    for each in (jac, jacobian_of(module, wrt)):
+        try:
+            told.append(each(x))
+        except Exception as error:
+            told.append(f"{type(error)} {error}")
+    assert type(told[0]) is type(told[1])
+    assert isinstance(told[0], Tensor) or told[0] == told[1]
+    if isinstance(told[0], Tensor):
+        torch.testing.assert_close(told[0], told[1])
