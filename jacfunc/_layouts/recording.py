@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any, Protocol, TypeAlias
 
@@ -26,6 +26,7 @@ from jacfunc._layouts.traces import Listener, OperationCall
 from jacfunc._torch import PULLED, all_modes, untracked
 
 Args: TypeAlias = tuple[Any, ...]
+Ids: TypeAlias = Container[int]
 
 _PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
 _ROWS = frozenset({tuple, list, torch.Size})
@@ -62,31 +63,28 @@ class OperationRecorder(TorchFunctionMode):
         tracked: identities of tensors; operations with one of these are seen as well.
     """
 
+    graph = 0
+    """The number of the graph of what the function returned, once that was looked at."""
+    moves_samples = False
+    """Has the function moved numbers to where other numbers say?"""
+    moves_unseen = False
+    """Are these other numbers not all in the signature?"""
+    reads_values = False
+    """Did Python read numbers?"""
+    pulls_many = True
+    """Are many cotangents pulled back at once? For one, torch's own products are faster."""
+    _buffers: Sequence[tuple[Tensor, int]] = ()
+    _constants: ConstantIntegers | None = None
+    _is_over = False
+
     def __init__(
-        self,
-        listener: Listener | None = None,
-        noticed: Collection[Any] = (),
-        tracked: Container[int] = (),
+        self, listener: Listener | None = None, noticed: Collection[Any] = (), tracked: Ids = ()
     ) -> None:
-        super().__init__()
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
         self.arguments: dict[int, list[Tensor]] | None = None
         """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
-        self.graph = 0
-        """The number of the graph of what the function returned, once that was looked at."""
-        self.moves_samples = False
-        """Has the function moved numbers to where other numbers say?"""
-        self.moves_unseen = False
-        """Are these other numbers not all in the signature?"""
-        self.reads_values = False
-        """Did Python read numbers?"""
-        self.pulls_many = True
-        """Are many cotangents pulled back at once? For one, torch's own products are faster."""
-        self._buffers: list[tuple[Tensor, int]] = []
-        self._constants: ConstantIntegers | None = None
-        self._is_over = False
 
     @property
     def signature(self) -> int:
@@ -111,7 +109,7 @@ class OperationRecorder(TorchFunctionMode):
             buffers: those of the module, before it was lent others.
         """
         self.operations.clear()
-        self._constants, self._buffers = None, []
+        self._constants, self._buffers = None, ()
         with untracked():
             if not all(x.is_floating_point() for x in buffers):
                 every = [x for x in module.buffers() if not x.is_floating_point()]
@@ -196,7 +194,7 @@ class OperationRecorder(TorchFunctionMode):
             self.moves_unseen |= numbers is None
 
 
-def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:
+def are_among(values: Iterable[Any], tracked: Ids, without: Ids = ()) -> bool:
     """Is a tracked tensor among values, or in lists of them? Those ``without`` do not count."""
     for value in values:
         if id(value) in tracked and id(value) not in without:
@@ -218,8 +216,7 @@ def _note_values(value: Any, operations: list[Any]) -> None:
             _note_values(item, operations)
     elif kind is slice:
         operations.append("slice")
-        for end in (value.start, value.stop, value.step):
-            _note_values(end, operations)
+        _note_values((value.start, value.stop, value.step), operations)
     elif isinstance(value, Number):  # NumPy has some of its own
         operations.append(_APART.get(value, value))
 

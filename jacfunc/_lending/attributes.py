@@ -153,7 +153,7 @@ def copy_with(value: Any, new: dict[int, Any]) -> Any:
     """
     # most are empty, or have plain values: for these a tree costs ten times as much as the copy
     if type(value) is set:
-        return _leaf_with(value, new)
+        return new.setdefault(id(value), value.copy())
     if type(value) is dict and SIMPLE.issuperset(map(type, value.values())):
         return value.copy()
     leaves, spec = flatten_containers(value)

@@ -21,9 +21,9 @@ from jacfunc._lending.part import (
     put_back,
 )
 from jacfunc._lending.snapshot import Snapshot
-from jacfunc._torch import untracked
+from jacfunc._torch import Graphs, untracked
 
-_OWN = attrgetter("__dict__")
+_OWN, _VERSION = attrgetter("__dict__"), Graphs.version_of
 
 
 @dataclass(eq=False, slots=True)
@@ -54,6 +54,8 @@ class Loan:
     snapshot: Snapshot
     evaluation: EvaluationState | None = None
     """The one whose tensors are in place; None while the attributes are those of before."""
+    versions: list[int] | None = None
+    """Of the tables of the snapshot, when these tensors were put in place."""
 
     def lend(
         self, evaluation: EvaluationState, new: dict[int, Any], params: Collection[Tensor]
@@ -65,12 +67,14 @@ class Loan:
         if any(map(_OWN, params)):
             for param in params:
                 vars(new[id(param)]).update(vars(param))
-        self.evaluation = evaluation
+        self.evaluation, rows = evaluation, self.snapshot.rows
+        is_as_then = rows is not None and [*map(_VERSION, rows.tables)] == rows.versions
         for part, own in zip(self.parts, self.tables, strict=True):
             if part.has_tensors:
                 part.lend(own, new)
             else:  # as that does, at less cost: most parts are so
                 own["_parameters"], own["_buffers"] = {}, {}
+        self.versions = [*map(_VERSION, rows.tables)] if rows and is_as_then else None
 
     def take_back(self) -> None:
         """Put everything back; attributes of the last evaluation are kept for its pullbacks."""
@@ -81,11 +85,17 @@ class Loan:
         if self.before is not None:
             self._give_back(self.before)
             return
+        rows, is_untouched = self.snapshot.rows, False
+        if rows is not None and self.versions is not None:
+            is_untouched = [*map(_VERSION, rows.tables)] == self.versions
         for part, own in zip(self.parts, self.tables, strict=True):
+            first = part.attributes
             if part.is_module:
-                first = part.attributes
                 own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
-        if not self.snapshot.is_current():
+            if part.plain or part.is_table:
+                lent = [key for key in (*part.plain, "sparse") if key in own and key in first]
+                own.update({key: first[key] for key in lent})
+        if not self.snapshot.is_current(is_untouched):
             self._give_back([part.attributes for part in self.parts])
 
     def _give_back(self, attributes: Sequence[Attributes]) -> None:

@@ -29,10 +29,13 @@ class Snapshot:
     def __init__(self, parts: list[ModulePart]) -> None:
         self.parts = parts
 
-    def is_current(self) -> bool:
-        """Are all parts made of the same objects as then? False for TorchScript, which hides it."""
-        rows = self._rows
-        return rows is not None and rows.are_current()
+    def is_current(self, is_untouched: bool = False) -> bool:
+        """Are all parts made of the same objects as then? False for TorchScript, which hides it.
+
+        If tables are ``untouched`` but for what was lent and taken back, they are not compared.
+        """
+        rows = self.rows
+        return rows is not None and rows.are_current(is_untouched)
 
     def changed_parts(self) -> list[ModulePart]:
         """Those parts, but for TorchScript's, that are made of other objects now."""
@@ -58,7 +61,8 @@ class Snapshot:
         return [vars(part.module) for part in self.parts]
 
     @cached_property
-    def _rows(self) -> _Rows | None:
+    def rows(self) -> _Rows | None:
+        """All tables in a row; None for TorchScript."""
         scripted = any(part.is_scripted for part in self.parts)
         return None if scripted else _Rows(self.parts, self.tables)
 
@@ -127,7 +131,7 @@ class _Rows:
         pairs = [(own, p.attributes) for own, p in zip(attributes, parts, strict=True)]
         pairs += [(table, first) for table, first in tensors if first]
         self._refer = [part.refers for part in parts]
-        self._tables, self._attributes = [table for table, _ in pairs], attributes
+        self.tables, self._attributes = [table for table, _ in pairs], attributes
         self._sizes = [len(first) for _, first in pairs]
         self._names = [name for _, first in pairs for name in first]
         self._values = [value for _, first in pairs for value in first.values()]
@@ -135,29 +139,30 @@ class _Rows:
         self._filled, self._entries = [r for r, _ in filled], [first for _, first in filled]
         self._empty = [registry for part in parts for registry in part.empty]
         self._empty += [table for table, first in tensors if not first]
-        self._versions: list[int] = []
+        self.versions: list[int] = []
         """Of the tables, when they were last found to be as then."""
 
-    def are_current(self) -> bool:
+    def are_current(self, is_untouched: bool) -> bool:
         """Does each table hold the same objects, under the same names in the same order?"""
         return (
             all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
             and not any(self._empty)
             and self._filled == self._entries
-            and self._are_as_then()
+            and self._are_as_then(is_untouched)
         )
 
-    def _are_as_then(self) -> bool:
+    def _are_as_then(self, is_untouched: bool) -> bool:
         """Are the tables so? They are looked through only if one was written into meanwhile."""
-        versions = [*map(Graphs.version_of, self._tables)]
-        if versions == self._versions:
+        versions = [*map(Graphs.version_of, self.tables)]
+        if is_untouched or versions == self.versions:
+            self.versions = versions
             return True
-        values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
+        values: Iterator[Any] = chain.from_iterable(map(dict.values, self.tables))
         are_same = (
-            list(map(len, self._tables)) == self._sizes
+            list(map(len, self.tables)) == self._sizes
             and all(map(is_, values, self._values))
-            and list(chain.from_iterable(self._tables)) == self._names
+            and list(chain.from_iterable(self.tables)) == self._names
         )
         if are_same:
-            self._versions = versions
+            self.versions = versions
         return are_same

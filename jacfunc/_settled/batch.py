@@ -100,10 +100,9 @@ class SettledBatch:
         known = self.works.get(work) or KnownWork(work)
         if not known.calls and len(self.works) < MOST_WORKS:
             self.works[work] = known
-        if known.sweep is not None:
-            result = known.swept(self, state, given, compared, beside)
-            if result is not None:
-                return result
+        result = known.swept(self, state, given, compared, beside) if known.sweep else None
+        if result is not None:
+            return result
         jacobian = self.evaluated(state, given, compared)
         if jacobian is None or not (beside is None or self.returned is BARE):  # as losses need it
             return None
@@ -222,7 +221,7 @@ class SettledBatch:
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
-        if self.is_watched:
+        if self.is_watched and own.is_watched:
             watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
         with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
             if state.buffers:
@@ -230,6 +229,7 @@ class SettledBatch:
             called = state.module if given.merge is None else given.called(state.module)
             output = run_as_written(called, *own.tensors)
         if watch is not None:
+            own.is_watched = watch.stays_watched
             watch.check_copies((*self.params(state), *[given.tensors[n] for n in self.inputs]))
         out = output if self.returned is BARE else self.returned.tensor_in(output)
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:

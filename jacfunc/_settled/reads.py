@@ -18,11 +18,14 @@ class Reads(NamedTuple):
         operations: functions, by their numbers in the evaluation.
         lent: numbers of the parameters that no others get, which need not be copied.
         attends: may attention be among all operations? Then its kernel must be chosen.
+        is_watched: must an evaluation be watched, as there was something to watch for? If not, one
+            that calls the same operations needs no watch, though the function may catch errors.
     """
 
     operations: Mapping[int, Any]
     lent: Set[int]
     attends: bool = True
+    is_watched: bool = True
 
     @classmethod
     def of(

@@ -103,6 +103,7 @@ class RepeatedEvaluation:
     ) -> None:
         count, self._size, self._learned = len(params), tensors[0].shape[0], learned
         self._lent = lent = learned.lent if by_layers else reads.lent if reads else set[int]()
+        self.is_watched = reads is None or reads.is_watched
         primals = map(Tensor.clone, params) if any(map(Tensor.is_inference, params)) else params
         self.handles = anchors = [*map(Tensor.requires_grad_, map(Tensor.detach, primals))]
         if lent and reads is None:  # rules pull back to what each use gets
@@ -110,10 +111,9 @@ class RepeatedEvaluation:
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
-        self.tensors: Leaves = ()
-        for n, x in enumerate(tensors):
-            own = writable_copy(differentiable_alias(x, False)) if n in inputs else x.clone()
-            self.tensors += (own,)
+        own = lambda x: writable_copy(differentiable_alias(x, False))  # noqa: E731
+        every = enumerate(tensors)
+        self.tensors: Leaves = tuple([own(x) if n in inputs else x.clone() for n, x in every])
         self._params = (*params, *[tensors[n][0] for n in inputs]) if inputs else params
         self.primals: Leaves = (*self.handles, *map(self.tensors.__getitem__, inputs))
         # a leaf stands for itself, as its node is made where it is used
@@ -131,7 +131,7 @@ class RepeatedEvaluation:
         # the function may write into these; where uses are known, nothing is pulled back
         self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
         self._direct += map(Direct, range(count, len(self.primals)))
-        direct = self._direct if reads is None else ()
+        direct = [] if reads else self._direct
         self._anchors = [Anchor.behind(self.primals[each.number]) for each in direct]
 
     def check_unwritten(self) -> None:

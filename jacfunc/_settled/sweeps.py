@@ -68,7 +68,9 @@ class Sweep:
         recorder = own.recorder
         if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_unseen:
             raise Nameless("the next evaluation may have another graph")
-        self.reads = own.reads(sources.arguments)._replace(attends=may_attend(recorder.operations))
+        reads = own.reads(sources.arguments)
+        attends = may_attend(recorder.operations)
+        self.reads = reads._replace(attends=attends, is_watched=own.is_watched)
         # without layers parameters are read where autograd has saved them alone
         self._layers = [*self.reads.operations] if isinstance(recorder, UseRecorder) else []
         leaves = self._leaves(sources, (out, *beside))

@@ -142,7 +142,7 @@ class WrittenWork:
         once = [sources[number] for number in self._once]
         if not (self._are_alike(*once) and self._are_settings()):
             return None
-        places = [*map(Tensor.data_ptr, sources)]
+        places = [*map(Tensor.data_ptr, sources)] if self._aliases else []
         for number, first in self._aliases.items():
             if places[number] != places[first]:
                 return None

@@ -36,7 +36,7 @@ _METHODS = {
         "Scalar": ("pow_", "mul", "div", "div_", "ne"),
     }.items()
     for name in names
-}
+} | {_ATEN._unsafe_view.default: "view"}  # they differ for autograd alone
 """Operators, with the names of methods that take the same arguments in the same order.
 
 A call of an operator from Python takes three times as long, if it is not a bare one."""

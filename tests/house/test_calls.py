@@ -17,13 +17,13 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 # comprehensions are functions
 MOST = {
     "jacrev": (48, 135),
-    "module_jacobian, per sample": (196, 580),
-    "module_jacobian, by inputs": (132, 363),
-    "module_jacobian, by layers": (125, 346),
-    "ntk": (151, 426),
-    "ggn, diagonal": (215, 640),
-    "ggn, product": (220, 660),
-    "gradient_norms": (132, 355),
+    "module_jacobian, per sample": (196, 577),
+    "module_jacobian, by inputs": (132, 360),
+    "module_jacobian, by layers": (125, 342),
+    "ntk": (151, 422),
+    "ggn, diagonal": (215, 637),
+    "ggn, product": (220, 657),
+    "gradient_norms": (132, 352),
 }
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import is_
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+import jacfunc
 from jacfunc._lending.part import ModulePart
 from jacfunc._lending.snapshot import Snapshot
+from tests.house.calls import num_calls
 
 
 def network() -> nn.Sequential:
@@ -82,3 +86,51 @@ def test_what_is_put_back_is_current_again(asked: int) -> None:
     assert not snapshot.is_current()
     model[0].bias = bias
     assert snapshot.is_current()
+
+
+class Keeping(nn.Module):
+    """Keeps containers, of which evaluations get copies, and a table; it may keep more later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.seen, self.table = {"a"}, [0], nn.Embedding(3, 2)
+        self.linear, self.way = nn.Linear(2, 2), "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1)
+        if self.way == "replaces":
+            self.seen = [2]
+        if self.way == "deletes":
+            del self.names
+        if self.way == "adds":
+            self.more = self.seen
+        if self.way == "hooks":
+            self.linear.register_forward_hook(lambda *_: None)
+        out: Tensor = self.linear(x) + self.table.weight[0]
+        return out
+
+
+def test_what_is_lent_is_taken_back_without_a_look_at_every_part() -> None:
+    module, x, give_back = Keeping(), torch.randn(3, 2), ModulePart.give_back.__code__
+    jac = jacfunc.module_jacobian(module, per_sample=True)
+    for _ in range(4):
+        jac(x)
+    assert not num_calls(lambda: jac(x), lambda frame, event, _: frame.f_code is give_back)
+    assert module.seen == [0]
+    assert not module.table.sparse
+
+
+@pytest.mark.parametrize("way", ["replaces", "deletes", "adds", "hooks"])
+def test_what_an_evaluation_changes_is_put_back_in_its_order(way: str) -> None:
+    module, x = Keeping(), torch.randn(3, 2)
+    jac = jacfunc.module_jacobian(module, per_sample=True)
+    for _ in range(4):
+        jac(x)
+    module.way = way
+    before = dict(vars(module))
+    for _ in range(3):
+        jac(x)
+        assert [*vars(module)] == [*before]
+        assert all(map(is_, vars(module).values(), before.values()))
+        assert module.seen == [0]
+        assert not module.linear._forward_hooks

@@ -12,6 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import jacfunc
 from jacfunc._faults.nested import NestedWatch
+from jacfunc._traces import FEWEST_CALLS
 from tests.modules.test_settled_layers import BEFORE, HIDDEN, calls_until_compared
 from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 
@@ -249,7 +250,7 @@ def test_results_share_no_memory(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5])
-def test_what_may_catch_errors_stays_watched(size: int) -> None:
+def test_what_may_catch_errors_stays_watched_until_its_operations_are_compared(size: int) -> None:
     class Catching(Network):
         def forward(self, x: Tensor) -> Any:
             modes = _get_current_function_mode_stack()
@@ -265,7 +266,9 @@ def test_what_may_catch_errors_stays_watched(size: int) -> None:
     WATCHES.clear()
     COUNT["evaluations"] = 0
     assert_same(jac(x), expected)
-    assert COUNT["evaluations"] == len(WATCHES) == 1
+    assert COUNT["evaluations"] == 1
+    # a written sweep holds for the same operations alone: see tests/settled/test_watches.py
+    assert len(WATCHES) == (0 if BEFORE["calls"] > FEWEST_CALLS else 1)
 
 
 def test_module_is_left_as_it_was() -> None:
