@@ -39,7 +39,7 @@ def _seeded() -> None:
 def kind_of(loss: Any) -> LossKind:
     known = TorchLoss.of(loss)
     assert known is not None
-    return known.divided()[0]
+    return known.divided[0]
 
 
 def drawn(loss: Any, size: int = 5) -> tuple[Tensor, Tensor]:
