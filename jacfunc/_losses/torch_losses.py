@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class TorchLoss:
         """The loss."""
         return self.function(outputs, targets, **self.own)
 
-    @cached_property
+    @property
     def divided(self) -> tuple[LossKind, Leaves]:
         """What kind of loss it is, and the weights that it takes."""
         if not self.own:

@@ -24,7 +24,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from jacfunc._torch.inductor import bare_operator, by_inductor, package_of, without_refused
-from jacfunc._torch.random import OtherThreads, OwnDraws, draws
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -119,14 +118,10 @@ _NOTHING = nullcontext()
 
 
 def run_as_written(func: Callable[..., ResultT], *args: Any, **kwargs: Any) -> ResultT:
-    """``func(*args, **kwargs)`` under :func:`as_written`, cheaply if the compiler is not loaded.
-
-    Where other threads may draw random numbers meanwhile, draws of this one are counted.
-    """
-    watch = OtherThreads.watch
-    if watch is None and "torch._dynamo.eval_frame" not in sys.modules:
+    """``func(*args, **kwargs)`` under :func:`as_written`, cheaply if the compiler is not loaded."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
         return func(*args, **kwargs)
-    with as_written(), _NOTHING if watch is None else OwnDraws(watch):
+    with as_written():
         return func(*args, **kwargs)
 
 
@@ -146,6 +141,10 @@ def uncompiled() -> Iterator[None]:
 def _other_settings() -> tuple[Any, ...]:
     """What torch's own guard of settings does not look at."""
     return torch.is_inference_mode_enabled(), *map(torch.get_autocast_dtype, ("cpu", "cuda"))
+
+
+_DROPPING = "dropout_p", "dropout", "training", "train"
+"""Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
 
 
 class Graphs:
@@ -177,7 +176,12 @@ class Graphs:
     @staticmethod
     def draws(node: Node) -> bool:
         """Does it draw random numbers? Not where an argument says that it drops nothing."""
-        return draws(node.target, node.args, node.kwargs)
+        if torch.Tag.nondeterministic_seeded not in Graphs.tags_of(node):
+            return False
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        values = {a.name: a.default_value for a in schema} | node.kwargs
+        values |= dict(zip([a.name for a in schema], node.args, strict=False))
+        return all(values.get(name, True) for name in _DROPPING)
 
     @staticmethod
     def writes(node: Node) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import string_at
-from threading import RLock, local
+from threading import RLock
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._torch.levels import is_traced, outside_transforms
@@ -61,85 +58,6 @@ def may_draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return all((*by_name, *(args[position] for position in positions if position < len(args))))
 
 
-_DROPPING = "dropout_p", "dropout", "training", "train"
-"""Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
-
-
-def draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Does this call of an operator draw? Not where an argument says that it drops nothing."""
-    if not isinstance(func, OpOverload) or torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    schema = func._schema.arguments
-    values = {a.name: a.default_value for a in schema} | dict(kwargs)
-    values |= dict(zip([a.name for a in schema], args, strict=False))
-    return all(values.get(name, True) for name in _DROPPING)
-
-
-MOST_LOOKS = 32
-"""After so many states in a watch it ends, if there was no sign that others draw."""
-
-
-class DrawsByThread(local):
-    """A time in which all evaluations are watched, and what each thread was seen to draw in it."""
-
-    def __init__(self) -> None:
-        self.drawn = [0]
-        """How often, as the only entry of a list: a backward pass may run in other threads."""
-
-
-class OtherThreads:
-    """What is known of other threads, which may draw from the same generators meanwhile."""
-
-    watch: DrawsByThread | None = None
-    """Set while they may: then evaluations are watched, to see which draws are their own."""
-    are_seen = False
-    """Was something drawn that no evaluation has? Then the watch does not end."""
-    left = 0
-    """So many states may still be looked at in this watch, if no others are seen."""
-
-    @classmethod
-    def note(cls, drawn: int | None) -> None:
-        """Note that something was drawn: so often by this thread, or None if that is not known."""
-        cls.are_seen = cls.are_seen or drawn == 0
-        if not cls.are_seen:
-            cls.watch = DrawsByThread() if drawn is None and _thread._count() else None
-            cls.left = MOST_LOOKS
-
-    @classmethod
-    def looked_at(cls) -> DrawsByThread | None:
-        """The watch that a state is looked at in."""
-        if cls.watch is not None and not cls.are_seen:
-            cls.left -= 1
-            if not cls.left:
-                cls.watch = None
-        return cls.watch
-
-
-class OwnDraws(TorchDispatchMode):
-    """Counts what is drawn in this thread: by operators of torch, and by others, if they may.
-
-    A fused kernel on an accelerator is not seen.
-    """
-
-    def __init__(self, watch: DrawsByThread) -> None:
-        super().__init__()
-        self._drawn = watch.drawn
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would load its compiler for it
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace not in _OF_TORCH or draws(func, args, kwargs or {}):
-            self._drawn[0] += 1
-        return func(*args, **(kwargs or {}))
-
-
-_OF_TORCH = frozenset({"aten", "prim", "prims", "profiler"})
-
-
 def noise_like(leaves: Leaves, seed: int = 0) -> Leaves:
     """Normal numbers like the leaves: the same ones each time, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -175,8 +93,6 @@ class RandomState:
             indices = sorted({leaf.device.index for leaf in leaves if leaf.is_cuda})
             self._generators += [torch.cuda.default_generators[index] for index in indices]
         self._states = self._current()
-        self._watch = OtherThreads.watch and OtherThreads.looked_at()
-        self._drawn = self._watch.drawn[0] if self._watch else 0
 
     def repeat(self) -> None:
         """Set the generators back to that state."""
@@ -193,17 +109,8 @@ class RandomState:
             self.repeat()
 
     def has_changed(self) -> bool:
-        """Has this thread drawn anything since this object was made?
-
-        Where other threads may draw meanwhile, evaluations are watched from then on, and draws of
-        others are none; until then nothing tells them apart.
-        """
-        if _bytes_of(self._states) == _bytes_of(self._current()):
-            return False
-        watch = self._watch if self._watch is OtherThreads.watch else None
-        drawn = watch.drawn[0] - self._drawn if watch else None
-        OtherThreads.note(drawn)
-        return drawn != 0
+        """Has anything been drawn since this object was made?"""
+        return _bytes_of(self._states) != _bytes_of(self._current())
 
     @contextmanager
     def of_one(self, randomness: str) -> Iterator[None]:
@@ -214,16 +121,10 @@ class RandomState:
         """
         if randomness == "same":
             self.repeat()
-        before = self._now()
+        before = self._current()
         yield
-        if randomness == "error" and before.has_changed():
+        if randomness == "error" and _bytes_of(before) != _bytes_of(self._current()):
             raise Refused(RANDOM)
-
-    def _now(self) -> RandomState:
-        """The state of the same generators now."""
-        now = RandomState(())
-        now._generators, now._states = self._generators, self._current()
-        return now
 
     def _current(self) -> GeneratorState:
         with _STATES:

@@ -23,8 +23,6 @@ from torch.backends import cuda, mha
 
 import jacfunc
 from jacfunc import _lock as _lock
-from jacfunc._torch import RandomState, run_as_written
-from jacfunc._torch.random import MOST_LOOKS, OtherThreads
 
 THREADS, ROUNDS = 8, 15
 EAGER = 5e-5
@@ -383,7 +381,7 @@ def test_functions_of_a_module_that_is_lent_meanwhile() -> None:
         at_once(works)
 
 
-# --- threads of a module's own, and threads that draw ---
+# --- threads of a module's own ---
 
 
 def by_thread(work: Callable[[], Any]) -> Any:
@@ -466,123 +464,6 @@ def test_a_thread_that_calls_while_a_module_waits_for_another_one_has_its_turn()
         gives(expected, lambda: jacfunc.module_jacobian(other)(torch.ones(2).double())["bias"])()
 
     at_once([lambda: jacfunc.module_jacobian(model)(torch.ones(4)), check], rounds=1)
-
-
-@contextmanager
-def another_thread(work: Check) -> Iterator[None]:
-    end, begun = threading.Event(), threading.Event()
-
-    def run() -> None:
-        while not end.is_set():
-            work()
-            begun.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    begun.wait()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-
-
-def noisy(x: Tensor) -> Tensor:
-    return x + torch.rand_like(x)
-
-
-@torch.library.custom_op("jacfunc_tests::noisy", mutates_args=())
-def own_noisy(x: Tensor) -> Tensor:
-    return x + torch.rand_like(x)
-
-
-own_noisy.register_autograd(lambda ctx, slope: slope)
-
-DRAWING: dict[str, Any] = {
-    "torch": lambda x: x + torch.rand_like(x),
-    "dropout": F.dropout,
-    "TorchScript": torch.jit.script(noisy),  # type: ignore[no-untyped-call]
-    "an operator of the user's": own_noisy,
-}
-
-
-class Drawing(nn.Module):
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer, self.step = nn.Linear(4, 3), (step,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.step[0](self.layer(x))
-        return result
-
-
-def drawn_by_nobody() -> None:
-    """From then on evaluations are watched, to see which draws are their own."""
-    assert OtherThreads.watch is None
-    state = RandomState(())
-    torch.rand(1)
-    assert state.has_changed()  # nobody has looked who it was
-    state = RandomState(())
-    torch.rand(1)
-    assert not state.has_changed()  # no evaluation has drawn it
-    assert OtherThreads.are_seen
-
-
-def who_draws_is_seen() -> None:
-    with another_thread(lambda: time.sleep(1e-3)):
-        drawn_by_nobody()
-    for step in DRAWING.values():
-        jac = jacfunc.module_jacobian(Drawing(step), strategy="looped", **KNOWN)
-        with pytest.raises(NotImplementedError, match="draws"):
-            jac(torch.ones(2, 4))
-
-
-KNOWN: Any = {"per_sample": True, "independent": True}
-
-
-def draws_of_another_thread_are_none() -> None:
-    problem = Problem(perceptron)
-    doors = problem.doors()
-    checks = [doors[name] for name in ("looped", "one for all", "product", "norms")]
-    with another_thread(lambda: time.sleep(1e-3)):
-        drawn_by_nobody()
-    with another_thread(lambda: torch.rand(1)):
-        for check in 20 * checks:
-            check()
-
-
-def a_watch_ends() -> None:
-    with another_thread(lambda: time.sleep(1e-3)):
-        state = RandomState(())
-        run_as_written(torch.rand, 1)
-        assert state.has_changed()
-        before, own = RandomState(()), RandomState(())
-        run_as_written(torch.rand, 1)
-        assert own.has_changed()
-        assert OtherThreads.watch is None  # it was this thread
-        run_as_written(torch.rand, 1)
-        assert before.has_changed()  # it was made in a watch, which has ended since
-        assert OtherThreads.watch is not None
-        for _ in range(MOST_LOOKS):
-            RandomState(())
-        assert OtherThreads.watch is None
-
-
-def in_a_process(work: Check) -> None:
-    """What is known of other threads is known of a process."""
-    code = f"import tests.house.test_threads as t; t.{work.__name__}()"
-    root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
-@pytest.mark.parametrize("work", [who_draws_is_seen, draws_of_another_thread_are_none])
-def test_draws_of_threads_are_told_apart(work: Check) -> None:
-    in_a_process(work)
-
-
-def test_evaluations_are_not_watched_for_good_where_nobody_else_draws() -> None:
-    in_a_process(a_watch_ends)
 
 
 # --- all doors at a time ---
@@ -752,16 +633,16 @@ RANDOM: dict[str, Check] = {
 }
 
 
-def one_mask_for_all_columns() -> None:
-    for check in RANDOM.values():
-        at_once([check] * THREADS, rounds=5)
+@pytest.mark.parametrize("door", RANDOM)
+def test_one_mask_for_all_columns(door: str) -> None:
+    at_once([RANDOM[door]] * THREADS, rounds=5)
 
 
-def one_mask_at_all_doors() -> None:
+def test_one_mask_for_all_columns_at_all_doors() -> None:
     at_once([*RANDOM.values(), RANDOM["jacrev"], RANDOM["jacrev"]], rounds=40)
 
 
-def the_same_numbers() -> None:
+def test_modules_draw_the_same_numbers_in_all_threads() -> None:
     """Each call starts from the state of torch's generator, and puts it back."""
     state = torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
@@ -774,13 +655,6 @@ def the_same_numbers() -> None:
 
     at_once([gives(expected, call)] * THREADS)
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    "work", [one_mask_for_all_columns, one_mask_at_all_doors, the_same_numbers]
-)
-def test_threads_that_draw(work: Check) -> None:
-    in_a_process(work)
 
 
 # --- what stays parallel ---
