@@ -46,7 +46,8 @@ class Timing(NamedTuple):
     Args:
         seconds: of its fastest run that was timed.
         left: how many runs are still to be timed.
-        before: the plan instead of which this one is tried, with the number of samples at once.
+        before: the plan that took longer than forecast, instead of which this one is tried; with
+            the number of samples at once.
     """
 
     seconds: float = inf

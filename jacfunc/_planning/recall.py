@@ -17,7 +17,7 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning.budget import is_bounded
-from jacfunc._planning.plan import TIMED_RUNS, Plan, ResultT, Timing, attempt
+from jacfunc._planning.plan import Plan, ResultT, Timing, attempt
 from jacfunc._remembered import CallKind, Recent, Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._types import Memory
@@ -36,9 +36,8 @@ CLEARLY = 0.95
 SETTLING = 1.2
 """A plan by layers is timed before it is written down, and takes so many times less then."""
 
-FAR, NEAR = 3.0, 1.25
-"""A forecast that is wrong by the first factor says little of which plan is the fastest; nor do
-forecasts of two plans that differ by less than the second one."""
+FAR = 3.0
+"""A forecast that is wrong by this factor says little of which plan is the fastest."""
 
 
 class Planner(Protocol):
@@ -65,9 +64,8 @@ def by_memory(
     """What ``run`` returns for the plan of an earlier call of this kind, or for a new one.
 
     The first calls after the one that plans are timed, where nothing is added to a transform's
-    work. Where the forecast was far off, or that of the plan's second is near, the second may get a
-    try, and the faster of the two is kept. With ``warms_up`` the second runs once before, while
-    torch sets things up.
+    work. Where the forecast was far off, the plan's second may get a try, and the faster of the two
+    is kept. With ``warms_up`` the second runs once before, while torch sets things up.
     """
     recalled = recall(strategy, kind)
     if recalled is not None and not recalled[0].timing.left:  # as in most calls
@@ -99,17 +97,15 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     """What the next call takes, after a run that took so many seconds."""
     plan, chunk = planned
     best, left, before = plan.timing
-    took, second = min(best, seconds), plan.second
-    if left > 1:
-        return replace(plan, timing=Timing(took, left - 1, before)), chunk
-    timed = replace(plan, timing=Timing(took, 0))
+    timed = replace(plan, timing=Timing(min(best, seconds), left - 1))
+    took, second = timed.timing.seconds, plan.second
     if before is not None:
         return (timed, chunk) if _later(timed) < CLEARLY * _later(before[0]) else before
-    if second is None or not (tries := _tries(second, plan, took)):
+    if timed.timing.left or second is None or not _may_be_faster(second, plan, took):
         return timed, chunk
     note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)
     reason = f"{second.reason}; {plan.strategy} took {in_seconds(took)}"
-    tried = replace(second, reason=reason, timing=Timing(left=tries, before=(timed, chunk)))
+    tried = replace(second, reason=reason, timing=Timing(left=1, before=(timed, chunk)))
     return tried, None
 
 
@@ -119,20 +115,17 @@ def _later(plan: Plan) -> float:
     return plan.timing.seconds / (SETTLING if by_layers else 1.0)
 
 
-def _tries(second: Plan, plan: Plan, took: float) -> int:
-    """In how many calls the second is tried, as it may be faster.
+def _may_be_faster(second: Plan, plan: Plan, took: float) -> bool:
+    """Is the plan's forecast so wrong that the second may be faster?
 
     A machine that was measured while it was busy makes all forecasts too long, and no order of them
-    is certain. A second of which nothing worse is known than that its forecast is near is tried as
-    often as the plan: torch sets things up in the first run.
+    is certain.
     """
     if plan.seconds is None or second.seconds is None:
-        return 0
+        return False
     if took > FAR * plan.seconds:
-        return int(second.seconds < took)
-    if FAR * took < plan.seconds:
-        return int(second.seconds < FAR * plan.seconds)
-    return TIMED_RUNS if second.seconds < NEAR * plan.seconds else 0
+        return second.seconds < took
+    return FAR * took < plan.seconds and second.seconds < FAR * plan.seconds
 
 
 def recall(strategy: Planner, call: CallKind) -> Planned | None:

@@ -1,4 +1,4 @@
-"""Where a forecast was far off, or two are near each other, the second plan gets a try."""
+"""Where a forecast was far off, the second plan gets a try, once a kind of call."""
 
 from __future__ import annotations
 
@@ -85,21 +85,6 @@ def test_forecasts_of_a_busy_machine_are_too_long_and_in_no_certain_order() -> N
     assert Calls(FIRST, Reverse=[0.4] * 6).names(6) == "RRRRRR"
     hopeless = Plan(Reverse(), "made up", 1.0, (), second=Plan(Forward(), "second", 4.0))
     assert Calls(hopeless, Reverse=[0.3] * 6).names(6) == "RRRRRR"
-
-
-def test_of_forecasts_near_each_other_both_are_tried_twice() -> None:
-    near = replace(FIRST, second=Plan(Forward(), "second", 1.2))
-    assert Calls(near, Reverse=[5.0, 1.0, 1.1], Forward=[5.0, 0.9]).names(7) == "RRRFFFF"
-    assert Calls(near, Reverse=[5.0, 1.0, 1.1], Forward=[5.0, 0.97]).names(7) == "RRRFFRR"
-    assert Calls(near, Reverse=[5.0, 1.0, 1.1], Forward=[0.9, 5.0]).names(7) == "RRRFFFF"
-    apart = replace(FIRST, second=Plan(Forward(), "second", 1.3))
-    assert Calls(apart, Reverse=[5.0, 1.0, 1.1]).names(7) == "RRRRRRR"
-
-
-def test_what_is_thought_to_be_faster_but_risky_is_tried() -> None:
-    risky = replace(FIRST, second=Plan(Forward(), "second", 0.8))
-    assert Calls(risky, Reverse=[5.0, 1.0, 1.1], Forward=[5.0, 0.8]).names(7) == "RRRFFFF"
-    assert Calls(risky, Reverse=[5.0, 1.0, 1.1], Forward=[5.0, 4.0]).names(7) == "RRRFFRR"
 
 
 def test_one_disturbed_call_changes_nothing() -> None:
