@@ -20,6 +20,7 @@ from jacfunc._traces import FEWEST_CALLS, saved
 from jacfunc.strategies._rows import SettledRows
 from jacfunc.testing import known_machine
 from tests.house.calls import num_calls
+from tests.strategies.test_settled import looped_jacobian
 
 CALLS = 30  # until rows are written down
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
@@ -34,16 +35,6 @@ Func = Callable[[Tensor], Tensor]
 def _same_plans() -> Iterator[None]:
     with known_machine():
         yield
-
-
-def looped_jacobian(f: Func, at: Tensor) -> Tensor:
-    """Rows by plain autograd, one after the other."""
-    point = at.detach().clone().requires_grad_()
-    out = f(point.clone())
-    if not out.requires_grad:
-        return out.new_zeros(out.shape + at.shape)
-    rows = [torch.autograd.grad(number, point, retain_graph=True)[0] for number in out.flatten()]
-    return torch.stack(rows).view(out.shape + at.shape)
 
 
 def is_replayed(derive: Callable[[Tensor], Any], x: Tensor = X) -> bool:
