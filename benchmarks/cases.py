@@ -73,7 +73,7 @@ class Case:
             warnings.simplefilter("ignore")
             check = place.judge(partial(self.check, problem))
             entries = [
-                place.seat(Entry(problem, contestant, check, self.effort.patience, device))
+                place.seat(Entry(problem, contestant, check, self.effort, device))
                 for contestant in self.contestants
                 if contestant.name not in without
             ]

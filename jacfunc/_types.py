@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import Any, Concatenate, Literal, Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class FunctionOf(Protocol[ArgumentT, ResultT]):
     def __call__(self, argument: ArgumentT, /, *args: Any, **kwargs: Any) -> ResultT:
         """The result."""
         ...
+
+
+Func: TypeAlias = Callable[..., Any]
+OfOne: TypeAlias = Callable[Concatenate[InT, ...], Tensor]
+"""A function whose first argument has a known type, and which returns one tensor."""
+
+First: TypeAlias = Literal[0]
+No: TypeAlias = Literal[False]
+Trees: TypeAlias = tuple[Tree, ...]
 
 
 class SweepOptions(TypedDict, total=False):

@@ -107,31 +107,11 @@ def of_batches(
     return _of_channels(input, dims, weight, bias, eps, running_mean, running_var, training)
 
 
-def of_batches_in_torch(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Norm:
-    """A call of ``torch.batch_norm``, or of another batch norm with its arguments."""
-    return of_batches(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
 def of_batches_alone(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any, **named: Any
 ) -> Norm:
     """A call of a batch norm without running statistics."""
-    return of_batches(input, None, None, weight, bias, training, momentum, eps)
+    return of_batches(input, None, None, weight, bias, *others, **named)
 
 
 def of_instances(
@@ -149,21 +129,25 @@ def of_instances(
     return _of_channels(input, dims, weight, bias, eps, running_mean, running_var, use_input_stats)
 
 
-def of_instances_in_torch(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Norm:
-    """A call of ``torch.instance_norm``."""
-    return of_instances(
-        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    )
+def in_torch(read: Callable[..., Norm]) -> Callable[..., Norm]:
+    """What reads calls of ``torch.batch_norm`` and the like, by what reads those of ``F``.
+
+    Torch's own functions take weight and bias before the running statistics.
+    """
+
+    def read_in_torch(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *others: Any,
+        cudnn_enabled: bool = True,
+        **named: Any,
+    ) -> Norm:
+        return read(input, running_mean, running_var, weight, bias, *others[:3], **named)
+
+    return read_in_torch
 
 
 def _of_channels(input: Tensor, dims: tuple[int, ...], *rest: Any) -> Norm:

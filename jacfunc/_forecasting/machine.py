@@ -71,6 +71,15 @@ Link: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Way: TypeAlias = Callable[[JacobianOperator], Callable[[], Any]]
 
 
+def _cost_of(way: Way) -> kept_property[Machine, Cost]:
+    """The cost of what a way does with an operator, measured when it is first asked for."""
+    return kept_property(lambda machine: machine._cost(way))
+
+
+def _push_batch(operator: JacobianOperator) -> Callable[[], Any]:
+    return partial(operator.pushforward_batch, next(basis(operator.primals)))
+
+
 class Machine:
     """How fast a machine does the parts of a sweep, on one device in one dtype."""
 
@@ -133,36 +142,26 @@ class Machine:
         units = torch.backends.cpu.get_cpu_capability() if is_onednn else ""
         return BLOCKS.get(units, 1) if self._dtype == torch.float32 else 1
 
-    @kept_property
-    def evaluate(self) -> Cost:
-        """Cost of an evaluation that keeps its graph."""
-        return self._cost(_evaluate)
+    evaluate = _cost_of(lambda operator: lambda: operator.unevaluated().outputs)
+    """Cost of an evaluation that keeps its graph."""
 
-    @kept_property
-    def pull(self) -> Cost:
-        """Cost of a pullback of one cotangent."""
-        return self._cost(lambda operator: partial(operator.pullback, operator.outputs))
+    pull = _cost_of(lambda operator: partial(operator.pullback, operator.outputs))
+    """Cost of a pullback of one cotangent."""
+
+    pull_batch = _cost_of(lambda x: partial(x.pullback_batch, next(basis(x.outputs))))
+    """Cost of a vmapped pullback."""
+
+    push = _cost_of(lambda operator: partial(operator.pushforward, operator.primals))
+    """Cost of a pushforward of one tangent."""
+
+    push_batch = _cost_of(_push_batch)
+    """Cost of a vmapped pushforward."""
 
     @kept_property
     def pull_each(self) -> Cost:
         """Cost of a row of several that are pulled back one by one, each copied to the others."""
         every = self._cost(lambda x: partial(one_by_one, x.pullback, next(basis(x.outputs))))
         return Cost(every.call / LENGTH, every.operation / LENGTH)
-
-    @kept_property
-    def pull_batch(self) -> Cost:
-        """Cost of a vmapped pullback."""
-        return self._cost(lambda x: partial(x.pullback_batch, next(basis(x.outputs))))
-
-    @kept_property
-    def push(self) -> Cost:
-        """Cost of a pushforward of one tangent."""
-        return self._cost(lambda operator: partial(operator.pushforward, operator.primals))
-
-    @kept_property
-    def push_batch(self) -> Cost:
-        """Cost of a vmapped pushforward."""
-        return self._cost(_push_batch)
 
     @kept_property
     def scaling(self) -> float:
@@ -230,14 +229,6 @@ class Machine:
             del run
         give_back()  # or what measurements take would add up
         return min(times)
-
-
-def _evaluate(operator: JacobianOperator) -> Callable[[], Any]:
-    return lambda: operator.unevaluated().outputs
-
-
-def _push_batch(operator: JacobianOperator) -> Callable[[], Any]:
-    return partial(operator.pushforward_batch, next(basis(operator.primals)))
 
 
 def power_of_four(number: float, least: int, most: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
-from jacfunc._types import Tree
+from jacfunc._types import SweepOptions, Tree
 from jacfunc.strategies import (
     Evaluation,
     Forward,
@@ -21,6 +21,12 @@ from jacfunc.strategies import (
     Strategy,
     evaluate,
 )
+
+
+class StrategyOptions(SweepOptions, total=False):
+    """What Jacobians take by keyword whose strategy a user may choose."""
+
+    strategy: str | Strategy
 
 
 def deriving(

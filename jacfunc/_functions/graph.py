@@ -17,7 +17,7 @@ from jacfunc._planning import resolve
 from jacfunc._samples import groups_of
 from jacfunc._torch import noise_like, recording
 from jacfunc._trees import Split
-from jacfunc._types import Blocks, Memory, Tree
+from jacfunc._types import Blocks, Memory, No, Tree
 from jacfunc.strategies import Reverse, Strategy, in_words_of
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -44,27 +44,19 @@ def graph_jacobian(
 ) -> Tensor: ...
 @overload
 def graph_jacobian(
-    outputs: Tensor,
-    inputs: Tensor,
-    *,
-    flat: Literal[False] = False,
-    **options: Unpack[GraphOptions],
+    outputs: Tensor, inputs: Tensor, *, flat: No = False, **options: Unpack[GraphOptions]
 ) -> Tensor: ...
 @overload
 def graph_jacobian(
     outputs: Tensor,
     inputs: dict[str, TensorT],
     *,
-    flat: Literal[False] = False,
+    flat: No = False,
     **options: Unpack[GraphOptions],
 ) -> dict[str, Tensor]: ...
 @overload
 def graph_jacobian(
-    outputs: Tensor,
-    inputs: list[TensorT],
-    *,
-    flat: Literal[False] = False,
-    **options: Unpack[GraphOptions],
+    outputs: Tensor, inputs: list[TensorT], *, flat: No = False, **options: Unpack[GraphOptions]
 ) -> list[Tensor]: ...
 @overload
 def graph_jacobian(

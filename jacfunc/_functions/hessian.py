@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Concatenate, Literal, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._functions.derive import deriving, jacobian_by
+from jacfunc._functions.derive import StrategyOptions, deriving, jacobian_by
 from jacfunc._planning import compilable, resolve, resolve_second
-from jacfunc._types import Argnums, FunctionOf, InT, Memory, Rows, SweepOptions, Tree
+from jacfunc._types import Argnums, First, Func, FunctionOf, InT, Memory, No, OfOne, Rows, Tree
 from jacfunc.strategies import Evaluation, SecondCall, Strategy
 
 
+class HessianOptions(StrategyOptions, total=False):
+    """What :func:`hessian` takes by keyword."""
+
+    rows: Rows
+
+
 @overload
 def value_and_jacobian(
-    func: Callable[Concatenate[InT, ...], Tensor],
-    argnums: Literal[0] = 0,
-    *,
-    has_aux: Literal[False] = False,
-    strategy: str | Strategy = ...,
-    **options: Unpack[SweepOptions],
+    func: OfOne[InT], argnums: First = 0, *, has_aux: No = False, **options: Unpack[StrategyOptions]
 ) -> FunctionOf[InT, tuple[Tensor, InT]]: ...
 @overload
 def value_and_jacobian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    strategy: str | Strategy = ...,
-    **options: Unpack[SweepOptions],
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[StrategyOptions]
 ) -> Callable[..., tuple[Tree, Tree]]: ...
 @compilable
 def value_and_jacobian(
@@ -84,23 +80,11 @@ def value_and_jacobian(
 
 @overload
 def hessian(
-    func: Callable[Concatenate[Tensor, ...], Tensor],
-    argnums: Literal[0] = 0,
-    *,
-    has_aux: Literal[False] = False,
-    strategy: str | Strategy = ...,
-    rows: Rows = ...,
-    **options: Unpack[SweepOptions],
+    func: OfOne[Tensor], argnums: First = 0, *, has_aux: No = False, **of: Unpack[HessianOptions]
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def hessian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    strategy: str | Strategy = ...,
-    rows: Rows = ...,
-    **options: Unpack[SweepOptions],
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **of: Unpack[HessianOptions]
 ) -> Callable[..., Tree]: ...
 @compilable
 def hessian(

@@ -10,7 +10,7 @@ from jacfunc._calls import at_all
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import HESSIAN_PRODUCTS
 from jacfunc._showing import named
-from jacfunc._types import AuxT, InT, OutT, Tree
+from jacfunc._types import AuxT, InT, No, OutT, Tree, Trees
 from jacfunc.strategies import SecondCall, in_words_of
 
 MUST = "the function must be one that this product can be taken of"
@@ -22,26 +22,18 @@ LESS = " Take smaller arguments, or fewer at once."
 
 @overload
 def jvp(
-    func: Callable[..., OutT],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
-    *,
-    has_aux: Literal[False] = False,
+    func: Callable[..., OutT], primals: Trees, tangents: Trees, *, has_aux: No = False
 ) -> tuple[OutT, OutT]: ...
 @overload
 def jvp(
     func: Callable[..., tuple[OutT, AuxT]],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     has_aux: Literal[True],
 ) -> tuple[OutT, OutT, AuxT]: ...
 def jvp(
-    func: Callable[..., Any],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
-    *,
-    has_aux: bool = False,
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, has_aux: bool = False
 ) -> tuple[Any, ...]:
     """J·v without J: pushes one tangent through ``func``.
 
@@ -82,11 +74,11 @@ def jvp(
 
 @overload
 def vjp(
-    func: Callable[Concatenate[InT, ...], OutT], primal: InT, /, *, has_aux: Literal[False] = False
+    func: Callable[Concatenate[InT, ...], OutT], primal: InT, /, *, has_aux: No = False
 ) -> tuple[OutT, Callable[[OutT], tuple[InT]]]: ...
 @overload
 def vjp(
-    func: Callable[..., OutT], *primals: Tree, has_aux: Literal[False] = False
+    func: Callable[..., OutT], *primals: Tree, has_aux: No = False
 ) -> tuple[OutT, Callable[[OutT], tuple[Tree, ...]]]: ...
 @overload
 def vjp(
@@ -142,30 +134,22 @@ def hvp(
     primals: tuple[InT],
     tangents: tuple[InT],
     *,
-    has_aux: Literal[False] = False,
+    has_aux: No = False,
 ) -> tuple[OutT, tuple[InT]]: ...
 @overload
 def hvp(
-    func: Callable[..., OutT],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
-    *,
-    has_aux: Literal[False] = False,
+    func: Callable[..., OutT], primals: Trees, tangents: Trees, *, has_aux: No = False
 ) -> tuple[OutT, tuple[Tree, ...]]: ...
 @overload
 def hvp(
     func: Callable[..., tuple[OutT, AuxT]],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
+    primals: Trees,
+    tangents: Trees,
     *,
     has_aux: Literal[True],
 ) -> tuple[OutT, tuple[Tree, ...], AuxT]: ...
 def hvp(
-    func: Callable[..., Any],
-    primals: tuple[Tree, ...],
-    tangents: tuple[Tree, ...],
-    *,
-    has_aux: bool = False,
+    func: Callable[..., Any], primals: Trees, tangents: Trees, *, has_aux: bool = False
 ) -> tuple[Any, ...]:
     """H·v without H: pulls one vector back through the graph of the gradient of ``func``.
 

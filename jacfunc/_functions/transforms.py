@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Concatenate, Literal, Unpack, overload
-
-from torch import Tensor
+from typing import Any, Unpack, overload
 
 from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
-from jacfunc._functions.derive import in_either_direction, jacobian_by
+from jacfunc._functions.derive import StrategyOptions, in_either_direction, jacobian_by
 from jacfunc._planning import compilable, directed, resolve
-from jacfunc._types import Argnums, FunctionOf, InT, Memory, Randomness, SweepOptions, Tree
+from jacfunc._types import (
+    Argnums,
+    First,
+    Func,
+    FunctionOf,
+    InT,
+    Memory,
+    No,
+    OfOne,
+    Randomness,
+    SweepOptions,
+    Tree,
+)
 from jacfunc.strategies import Forward, Reverse, Strategy
 
 
+class PushOptions(SweepOptions, total=False):
+    """What :func:`jacfwd` takes by keyword."""
+
+    randomness: Randomness
+
+
 @overload
 def jacrev(
-    func: Callable[Concatenate[InT, ...], Tensor],
-    argnums: Literal[0] = 0,
-    *,
-    has_aux: Literal[False] = False,
-    **options: Unpack[SweepOptions],
+    func: OfOne[InT], argnums: First = 0, *, has_aux: No = False, **options: Unpack[SweepOptions]
 ) -> FunctionOf[InT, InT]: ...
 @overload
 def jacrev(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    **options: Unpack[SweepOptions],
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[SweepOptions]
 ) -> Callable[..., Tree]: ...
 def jacrev(
     func: Callable[..., Any],
@@ -83,21 +91,11 @@ def jacrev(
 
 @overload
 def jacfwd(
-    func: Callable[Concatenate[InT, ...], Tensor],
-    argnums: Literal[0] = 0,
-    has_aux: Literal[False] = False,
-    *,
-    randomness: Randomness = ...,
-    **options: Unpack[SweepOptions],
+    func: OfOne[InT], argnums: First = 0, has_aux: No = False, **options: Unpack[PushOptions]
 ) -> FunctionOf[InT, InT]: ...
 @overload
 def jacfwd(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    has_aux: bool = False,
-    *,
-    randomness: Randomness = ...,
-    **options: Unpack[SweepOptions],
+    func: Func, argnums: Argnums = 0, has_aux: bool = False, **options: Unpack[PushOptions]
 ) -> Callable[..., Tree]: ...
 def jacfwd(
     func: Callable[..., Any],
@@ -149,21 +147,11 @@ def jacfwd(
 
 @overload
 def jacobian(
-    func: Callable[Concatenate[InT, ...], Tensor],
-    argnums: Literal[0] = 0,
-    *,
-    has_aux: Literal[False] = False,
-    strategy: str | Strategy = ...,
-    **options: Unpack[SweepOptions],
+    func: OfOne[InT], argnums: First = 0, *, has_aux: No = False, **options: Unpack[StrategyOptions]
 ) -> FunctionOf[InT, InT]: ...
 @overload
 def jacobian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    strategy: str | Strategy = ...,
-    **options: Unpack[SweepOptions],
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[StrategyOptions]
 ) -> Callable[..., Tree]: ...
 @compilable
 def jacobian(

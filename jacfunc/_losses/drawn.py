@@ -81,22 +81,25 @@ class ClassColumns:
     """Gradients ``scale · (p - onehot)`` of logits, of which the drawn classes alone are kept.
 
     Args:
-        logits: ``[B, …, C]``.
+        logits: ``[B, …, C]``, with the classes behind.
         classes: ``[B, …, R]``.
+        dim: in which dimension the outputs ``[B, *out]`` have the classes.
     """
 
     logits: Tensor
     classes: Tensor
     scale: float
+    dim: int = -1
 
     def dense(self) -> Tensor:
         chances, draws = self.logits.softmax(-1), self.classes.movedim(-1, 0).unsqueeze(-1)
         every = chances.mul_(self.scale).expand(len(draws), *chances.shape)
         every = every.clone() if len(draws) > 1 else every
-        return every.scatter_add_(-1, draws, every.new_tensor(-self.scale).expand(draws.shape))
+        every.scatter_add_(-1, draws, every.new_tensor(-self.scale).expand(draws.shape))
+        return every.movedim(-1, self.dim % self.logits.dim() + 1)
 
     def dot(self, vector: Tensor) -> Tensor:
-        dtype = product_dtype(self.logits)
+        vector, dtype = vector.movedim(self.dim, -1), product_dtype(self.logits)
         means = self.logits.new_empty((*self.logits.shape[:-1], 1), dtype=dtype)
         for logits, part, into in row_pieces(-1, self.logits, vector, means):
             into.copy_(logits.softmax(-1, dtype=dtype).mul_(part).sum(-1, keepdim=True))
@@ -109,32 +112,11 @@ class ClassColumns:
         each = each.view(len(each), *(1,) * (self.logits.dim() - 2), -1).expand(self.classes.shape)
         for logits, part, into in row_pieces(-1, self.logits, each.sum(-1, keepdim=True), product):
             into.copy_(logits.softmax(-1, dtype=dtype).mul_(part))
-        return product.scatter_add_(-1, self.classes, -each.to(product.dtype))
+        product.scatter_add_(-1, self.classes, -each.to(product.dtype))
+        return product.movedim(-1, self.dim)
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Columns for outputs whose classes are in another dimension than the last.
-
-    Args:
-        columns: of the outputs with the classes last.
-        dim: where they are, of the outputs ``[B, *out]``.
-    """
-
-    columns: Columns
-    dim: int
-
-    def dense(self) -> Tensor:
-        return self.columns.dense().movedim(-1, self.dim + 1)
-
-    def dot(self, vector: Tensor) -> Tensor:
-        return self.columns.dot(vector.movedim(self.dim, -1))
-
-    def combined(self, factors: Tensor) -> Tensor:
-        return self.columns.combined(factors).movedim(-1, self.dim)
-
-
-Columns: TypeAlias = DenseColumns | ClassColumns | Moved
+Columns: TypeAlias = DenseColumns | ClassColumns
 """The rows of the root ``S`` that belong to one leaf of the outputs."""
 
 ColumnsAt: TypeAlias = Callable[[Tensor], Columns]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacfunc._losses.drawn import ClassColumns, Columns, ColumnsAt, DenseColumns, Draws, Moved
+from jacfunc._losses.drawn import ClassColumns, Columns, ColumnsAt, DenseColumns, Draws
 from jacfunc._losses.torch_losses import TorchLoss
 from jacfunc._types import Leaves, product_dtype
 
@@ -168,8 +168,7 @@ def _categorical(
     classes = classes.view(*chances.shape[:-1], draws)
 
     def at(logits: Tensor) -> Columns:
-        columns = ClassColumns(logits.movedim(dim, -1), classes, scale)
-        return columns if dim < 0 else Moved(columns, dim)
+        return ClassColumns(logits.movedim(dim, -1), classes, scale, dim)
 
     return at
 

@@ -19,9 +19,9 @@ Check = Callable[[Any], float]
 BRIEF = 0.05
 """Calls of fewer seconds are slower after another's call, by a hundredth or by half."""
 
-SETTLING_CALLS, SETTLING_SECONDS = 32, 0.5
-"""At most so many calls, in about so many seconds, come before those that are timed: a way that
-learns from its calls, as a compiler does and as jacfunc does, is timed when it has learnt."""
+SETTLING_CALLS = 32
+"""At most so many calls come before those that are timed: a way that learns from its calls, as a
+compiler does and as jacfunc does, is timed when it has learnt."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Effort:
         rounds, fewest: rounds at most and at least.
         seconds: the time for the rounds of each contestant.
         patience: a call that takes so many seconds is not made again.
+        settling: calls come before those that are timed for about so many seconds.
     """
 
     rounds: int = 40
     seconds: float = 1.5
     fewest: int = 5
     patience: float = 20.0
+    settling: float = 0.5
 
     def rounds_of(self, took: float) -> int:
         """The number of rounds of a contestant whose call takes so many seconds."""
@@ -77,12 +79,12 @@ class Entry:
         problem: Any,
         contestant: Contestant[Any],
         check: Check,
-        patience: float,
+        effort: Effort,
         device: torch.device,
     ) -> None:
         self.result = Result(contestant.name, contestant.family)
         self._problem, self._contestant, self._check = problem, contestant, check
-        self._patience, self._device = patience, device
+        self._effort, self._device = effort, device
 
     @property
     def name(self) -> str:
@@ -100,10 +102,10 @@ class Entry:
                 result.forecast_seconds, result.forecast_bytes = contestant.forecast(self._problem)
             self._run = contestant.prepare(self._problem)
             took = self._judged()
-            if took < self._patience:
+            if took < self._effort.patience:
                 took = seconds_of(self._run, self._device)
-            calls = min(SETTLING_CALLS, int(SETTLING_SECONDS / took)) if took < BRIEF else 0
-            for _ in range(calls):
+            calls = int(self._effort.settling / took) if took < BRIEF else 0
+            for _ in range(min(SETTLING_CALLS, calls)):
                 self._run()
             result.seconds[WARM_UP] = self._judged() if calls else took
 

@@ -17,25 +17,27 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if not meminfo.exists():  # not Linux: half of all memory, as nothing says how much is free
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+        return _machine_bytes() // 2
     lines = meminfo.read_text().splitlines()
     (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return min(1024 * int(available), _free_in_container(cgroup))
+    free, limit = 1024 * int(available), _limit(cgroup)
+    used = 0 if limit == sys.maxsize else int((cgroup / "memory.current").read_text())
+    return min(free, max(limit - used, 0))
 
 
 def all_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     """Bytes of the device's memory, or up to the limit of the container, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
+    return min(_machine_bytes(), _limit(cgroup))
+
+
+def _machine_bytes() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _limit(cgroup: Path) -> int:
+    """How many bytes a container may take; without a limit, the largest number."""
     limit = cgroup / "memory.max"
     told = limit.read_text().strip() if limit.exists() else "max"
-    machine = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return machine if told == "max" else min(machine, int(told))
-
-
-def _free_in_container(cgroup: Path) -> int:
-    """Bytes up to the limit of the container; without a limit, the largest number."""
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if not limit.exists() or limit.read_text().strip() == "max":
-        return sys.maxsize
-    return max(int(limit.read_text()) - int(used.read_text()), 0)
+    return sys.maxsize if told == "max" else int(told)

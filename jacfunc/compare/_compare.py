@@ -78,11 +78,12 @@ def compare(
     subject = Problem.of(problem)
     if device is not None:
         subject = subject.to(device)
+    effort = Effort(seconds=seconds, settling=min(seconds, Effort.settling))
     devices = [subject.device] if subject.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # missing batching rules are warned about; what they cost is in the table
         warnings.simplefilter("ignore")
-        return _compared(subject, strategies, Effort(seconds=seconds), memory, progress)
+        return _compared(subject, strategies, effort, memory, progress)
 
 
 def _compared(
@@ -102,7 +103,7 @@ def _compared(
         judge = Judge(reference, precision_of(problem))
         chosen = strategies_for(problem, sizes, strategies)
         entries = [
-            Entry(problem, contestant, judge, effort.patience, problem.device)
+            Entry(problem, contestant, judge, effort, problem.device)
             for contestant in contestants(problem, chosen, memory, reference.is_random)
         ]
         foretell(problem, chosen, [entry.result for entry in entries])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, Literal, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, TypeAlias, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,19 +14,15 @@ from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forward_laplacian import SecondDerivatives, SecondOrder
 from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named
-from jacfunc._types import Argnums, FunctionOf, Memory, Tree
+from jacfunc._types import Argnums, First, Func, FunctionOf, Memory, No, OfOne, Tree
 from jacfunc.strategies import Strategy, evaluate, worded
 
-Func: TypeAlias = Callable[..., Any]
-OfTensor: TypeAlias = Callable[Concatenate[Tensor, ...], Tensor]
-First: TypeAlias = Literal[0]
-No: TypeAlias = Literal[False]
 Size: TypeAlias = int | None
 
 
 @overload
 def laplacian(
-    func: OfTensor, argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
+    func: OfOne[Tensor], argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def laplacian(
@@ -73,7 +69,7 @@ def laplacian(
 
 @overload
 def value_jacobian_laplacian(
-    func: OfTensor, argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
+    func: OfOne[Tensor], argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
 ) -> FunctionOf[Tensor, tuple[Tensor, Tensor, Tensor]]: ...
 @overload
 def value_jacobian_laplacian(
@@ -118,7 +114,7 @@ def value_jacobian_laplacian(
 
 @overload
 def hessian_diagonal(
-    func: OfTensor, argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
+    func: OfOne[Tensor], argnums: First = 0, *, has_aux: No = False, chunk_size: Size = ...
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def hessian_diagonal(

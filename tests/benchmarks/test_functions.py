@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import jacfunc
-from benchmarks.cases import Case
 from benchmarks.contestants.functions import AUTO, BY_HAND, plain
 from benchmarks.problems import formulas, functions
 from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
 from benchmarks.problems.judge import looped, looped_twice
 from benchmarks.questions import crossover, fields, hessians, loops
-from jacfunc._measuring.results import Result, WrongAnswerError
-from jacfunc._measuring.rounds import Effort
+from jacfunc._measuring.results import WrongAnswerError
+from tests.benchmarks.once import learnt, measured
 
 QUESTIONS = tuple(file.QUESTION for file in (crossover, fields, hessians, loops))
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
@@ -33,18 +32,12 @@ SOME = (
     "hessians/logistic regression, 64",
 )
 EXPANDED = "autograd expanded, backward once"
-ONCE = Effort(rounds=1, seconds=0, fewest=1)
 CPU = torch.device("cpu")
-
-
-def measured(case: Case, device: str) -> dict[str, Result]:
-    results = replace(case, effort=ONCE).measure(torch.device(device))
-    return {result.contestant: result for result in results}
 
 
 @pytest.mark.parametrize("name", [*SOME, *(name for name, case in CASES.items() if case.is_quick)])
 def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str) -> None:
-    for contestant, result in measured(CASES[name], device).items():
+    for contestant, result in measured(learnt(CASES[name]), device).items():
         if result.family == "JAX":
             assert result.ok or result.status.startswith(("not installed: ", "unsupported: "))
         elif contestant == EXPANDED and "mlp" not in name:

@@ -37,8 +37,9 @@ from benchmarks.questions import (
 )
 from benchmarks.questions.growth import Point
 from jacfunc._measuring.results import Result
-from jacfunc._measuring.rounds import Contestant, Effort
+from jacfunc._measuring.rounds import Contestant
 from jacfunc.compare import Problem
+from tests.benchmarks.once import learnt, measured
 
 QUESTIONS = tuple(
     file.QUESTION
@@ -49,7 +50,6 @@ QUESTIONS = tuple(
 )
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
 QUICK = [name for name, case in CASES.items() if case.is_quick]
-ONCE = Effort(rounds=1, seconds=0, fewest=1)
 CPU = torch.device("cpu")
 
 SMALL = (
@@ -66,11 +66,6 @@ REFUSED = {
     ("ntk/gru, B=64", by_hand.FACTORS): "all inputs have to be Tensors",
 }
 """What torch cannot do, and says."""
-
-
-def measured(case: Case, device: str) -> dict[str, Result]:
-    results = replace(case, effort=ONCE).measure(torch.device(device))
-    return {result.contestant: result for result in results}
 
 
 def small(name: str, batch: int = 2) -> Case:
@@ -123,7 +118,7 @@ def test_who_is_beside_the_best_by_hand_is_right(key: tuple[str, str, str], devi
     assert case is not None
     network, batch, *rest = case.setup.args
     few = partial(case.setup.func, network, min(batch, 2), *rest, **case.setup.keywords)
-    assert_right(case.name, measured(replace(case, setup=few, threads=1), device))
+    assert_right(case.name, measured(learnt(replace(case, setup=few, threads=1)), device))
 
 
 @pytest.mark.parametrize("name", ["params/mlp, B=8", "ntk/lenet, B=8", "ggn-product/lenet, B=64"])

@@ -31,11 +31,6 @@ LOSSES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def kind_of(loss: Any) -> LossKind:
     known = TorchLoss.of(loss)
     assert known is not None

@@ -26,11 +26,6 @@ BEFORE = 20
 """After so many products they are written down."""
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def num_copies(sizes: set[int], run: Callable[[], Any]) -> int:
     """How many tensors of so many numbers are cloned."""
 

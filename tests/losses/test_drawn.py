@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jacfunc._losses.drawn import ClassColumns, DenseColumns, Drawn, Moved
+from jacfunc._losses.drawn import ClassColumns, DenseColumns, Drawn
 from jacfunc._memory.counting import PeakBytes
 
 SHAPES = [(5, 4), (3, 2, 4), (2, 3, 2, 4), (3, 300, 2000)]
@@ -30,7 +30,7 @@ def test_products_are_those_of_the_gradients(shape: tuple[int, ...], draws: int)
             torch.stack((expected, -expected)),
         )
     if len(shape) > 2:
-        moved = Moved(ClassColumns(logits, classes, 0.3), 1)
+        moved = ClassColumns(logits, classes, 0.3, 1)
         torch.testing.assert_close(moved.dense(), gradients.movedim(-1, 2))
         (found,) = Drawn((moved,)).times((vector.movedim(-1, 1),))
         torch.testing.assert_close(found, expected.movedim(-1, 1))

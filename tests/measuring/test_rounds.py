@@ -50,7 +50,7 @@ def judged(answer: Any) -> float:
 
 
 def entry(name: str, run: Callable[[], Any]) -> Entry:
-    return Entry(None, Contestant(name, "rival", lambda _: run), judged, 20.0, CPU)
+    return Entry(None, Contestant(name, "rival", lambda _: run), judged, Effort(), CPU)
 
 
 def crashing() -> Any:

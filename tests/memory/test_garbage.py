@@ -31,6 +31,8 @@ CALLS = 2  # the first one learns what later ones know
 def _imported() -> None:
     for name in IMPORTED_AT_A_CALL:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is there already, or each look would take half a second
 
 
 def check(call: Callable[[], object]) -> None:
@@ -40,7 +42,6 @@ def check(call: Callable[[], object]) -> None:
     """
     for number in range(CALLS):
         gc.collect()
-        gc.freeze()  # what is there already, or each look would take half a second
         gc.disable()
         try:
             call()
@@ -52,7 +53,6 @@ def check(call: Callable[[], object]) -> None:
             found = []
             gc.set_debug(0)
             gc.garbage.clear()
-            gc.unfreeze()
             gc.enable()
         assert not shapes, f"call {number} has left tensors of these shapes to the collector"
 

@@ -16,11 +16,6 @@ from tests.house.calls import num_calls
 CALLS = 6
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 class Turned(nn.Module):
     """Returns the samples behind."""
 

@@ -42,11 +42,6 @@ def batch(size: int = B, seed: int = 0) -> Tensor:
     return torch.randn(size, 3, dtype=torch.float64, generator=generator)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def one_pair(module: Any, h: Tensor) -> Tensor:
     """The second sample gets a little of the fifth."""
     return torch.cat([h[:1], h[1:2] + 1e-6 * h[4:5], h[2:]])

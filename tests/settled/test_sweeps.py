@@ -26,11 +26,6 @@ SIZES = pytest.mark.parametrize("size", [1, 5])
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def num_sweeps(call: Callable[[], Any]) -> int:
     """How many backward passes a call takes."""
 

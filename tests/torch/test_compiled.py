@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,12 +24,8 @@ COMPILER = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
-    """Compiled code is kept for the process: each test begins without any."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+"""Compiled code is kept for the process: each test begins without any."""
 
 
 def written(x: Tensor) -> Tensor:
