@@ -1,5 +1,6 @@
 """Chooses the strategy that runs and its chunks, and says why."""
 
+import jacfunc._planning.old_pickles  # it names modules that are no more, for pickles
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.budget import BUDGET_SHARE, bounded
