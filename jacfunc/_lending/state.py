@@ -94,7 +94,8 @@ class ModuleState:
             # after the module's own, of which names are shown
             buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
         point = select_params(api, params, select)
-        known = Snapshot([*parts.values(), *beside]), constants_of(module)
+        snapshot = Snapshot([*parts.values(), *beside])
+        known = snapshot, constants_of(module)
         return cls(module, parts, point, params, buffers, beside, hidden, *known)
 
     @cached_property
@@ -105,19 +106,18 @@ class ModuleState:
     @cached_property
     def version(self) -> Version:
         """One object for all states that are made of the same objects, so far as these are seen."""
-        return self._version_now(True) if self.origin is None else self.origin.version
+        if self.origin is not None:
+            return self.origin.version
+        if not (self.beside or [part for part in self.parts.values() if part.is_scripted]):
+            return self.version_of_parts
+        return version_at(self.module, self.point, self.parts.values(), self.beside)
 
     @cached_property
     def version_of_parts(self) -> Version:
         """One object for all states of one choice whose submodules are of the same objects."""
-        return self._version_now(False) if self.origin is None else self.origin.version_of_parts
-
-    def _version_now(self, has_objects: bool) -> Version:
-        """The version of the submodules, and of objects beside them if it ``has_objects``."""
-        parts = self.parts.values()
-        if has_objects and not (self.beside or [part for part in parts if part.is_scripted]):
-            return self.version_of_parts
-        return version_at(self.module, self.point, parts, self.beside if has_objects else None)
+        if self.origin is not None:
+            return self.origin.version_of_parts
+        return version_at(self.module, self.point, self.parts.values())
 
     @property
     def functions(self) -> list[Any]:
