@@ -70,6 +70,8 @@ OfOne: TypeAlias = Callable[Concatenate[InT, ...], Tensor]
 
 First: TypeAlias = Literal[0]
 No: TypeAlias = Literal[False]
+"""Values of ``argnums`` and ``has_aux`` by which signatures tell results apart."""
+
 Trees: TypeAlias = tuple[Tree, ...]
 
 

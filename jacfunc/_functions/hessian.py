@@ -80,11 +80,15 @@ def value_and_jacobian(
 
 @overload
 def hessian(
-    func: OfOne[Tensor], argnums: First = 0, *, has_aux: No = False, **of: Unpack[HessianOptions]
+    func: OfOne[Tensor],
+    argnums: First = 0,
+    *,
+    has_aux: No = False,
+    **options: Unpack[HessianOptions],
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def hessian(
-    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **of: Unpack[HessianOptions]
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[HessianOptions]
 ) -> Callable[..., Tree]: ...
 @compilable
 def hessian(
