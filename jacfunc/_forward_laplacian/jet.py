@@ -157,6 +157,10 @@ class Jet(Tensor):
         every: Carried = self._every
         return every
 
+    def forget(self, owner: Any) -> None:
+        """Let go of all numbers; from now on ``owner`` is told where somebody asks for them."""
+        self.owner, self._one, self._every = owner, None, None
+
     value: Any = property(lambda self: self.of_one.value)
     first: Any = property(lambda self: self.of_one.first)
     second: Any = property(lambda self: self.of_one.second)
