@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._assembly import owned
 from jacfunc._calls import reaches_module
 from jacfunc._lock import alone
 from jacfunc._log import note
@@ -107,7 +108,7 @@ class SettledCarrying:
             results = None if roots is None else work.result((x, *roots))
             if results is None or any(map(holds_nan, results)):
                 return None
-            return unflatten(structure, results)
+            return unflatten(structure, owned(results))
 
         return written
 

@@ -132,9 +132,10 @@ class KnownSteps(TorchFunctionMode):
         self.roots, self._func, self._steps = roots, func, steps
         self._start, self._end = start, end
         self._numbers = {id(root): number for number, root in enumerate(roots)}
-        for jet in (start, *_leaves([step.result for step in steps])):
-            if type(jet) is Jet:
-                jet.forget(self)
+        jets = [x for x in (start, *_leaves([s.result for s in steps])) if type(x) is Jet]
+        for jet in jets:
+            jet.forget(self)
+        self._attributes = [*map(vars, jets)]
         self._begin()
 
     def _begin(self) -> None:
@@ -159,7 +160,8 @@ class KnownSteps(TorchFunctionMode):
         self._begin()
         with self:
             end = run_as_written(self._func, self._start)
-        if end is not self._end or self._step is not None or self.reason is not None:
+        is_done = end is self._end and self._step is None and self.reason is None
+        if not is_done or {*map(len, self._attributes)} != {1}:  # what it notes there would stay
             return None
         roots = self.roots
         if self._bound:

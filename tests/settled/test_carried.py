@@ -147,6 +147,18 @@ def test_results_may_be_written_into() -> None:
         result.zero_()
 
 
+def test_results_lie_apart() -> None:
+    """Of the exponential the second derivative is the value."""
+    parts = jacfunc.value_jacobian_laplacian(torch.exp)
+    for _ in range(2 * CALLS):
+        x = torch.randn(1, dtype=torch.float64)
+        value, jacobian, laplacian = parts(x)
+        value.zero_()
+        torch.testing.assert_close(jacobian, x.exp()[None])
+        jacobian.zero_()
+        torch.testing.assert_close(laplacian, x.exp())
+
+
 # --- what changes ---
 
 
@@ -301,6 +313,33 @@ def test_a_function_changes(switch: Callable[[Switched], None]) -> None:
         switch(func)
         settled.check()
         torch.testing.assert_close(func.seen, func.first.sum())
+
+
+def test_what_is_noted_at_tensors_is_forgotten() -> None:
+    factor = torch.tensor(2.0, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        if not hasattr(x, "factor"):
+            x.factor = factor * 1
+        return (x.square() * x.factor).sum()
+
+    laplacian = jacfunc.laplacian(func)
+    for _ in range(2 * CALLS):
+        factor.add_(1)
+        torch.testing.assert_close(laplacian(points()[0]), 6 * factor)
+
+
+def test_what_is_remembered_by_tensors_is_not_remembered() -> None:
+    factor = torch.tensor(2.0, dtype=torch.float64)
+
+    @functools.lru_cache(maxsize=100)
+    def remembered(x: Tensor) -> Tensor:
+        return factor * 1
+
+    laplacian = jacfunc.laplacian(lambda x: (x.square() * remembered(x)).sum())
+    for _ in range(2 * CALLS):
+        factor.add_(1)
+        torch.testing.assert_close(laplacian(points()[0]), 6 * factor)
 
 
 @pytest.mark.parametrize("switch", [detaches, branches, masks, no_torch])
