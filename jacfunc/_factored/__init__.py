@@ -9,4 +9,4 @@ from jacfunc._factored.parts import NamedParts, Part, placed, rows, write
 from jacfunc._factored.squares import add_squares, norms, place_of, written
 from jacfunc._factored.tracked import UNSEEN_WRITE
 from jacfunc._factored.tracking import UseRecorder
-from jacfunc._factored.use import HOOKING, METADATA, Use
+from jacfunc._factored.use import HOOKING, METADATA, RAW_MEMORY, Use

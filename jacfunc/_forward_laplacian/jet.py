@@ -157,6 +157,16 @@ class Jet(Tensor):
         every: Carried = self._every
         return every
 
+    def forget(self, owner: Any) -> None:
+        """Let go of all that it has; from now on ``owner`` is told where somebody asks for it."""
+        vars(self).clear()
+        self.owner = owner
+
+    def __hash__(self) -> int:
+        if "_one" not in vars(self):
+            _give_up((self,), "it is remembered by identity, where it stands for others")
+        return id(self)
+
     value: Any = property(lambda self: self.of_one.value)
     first: Any = property(lambda self: self.of_one.first)
     second: Any = property(lambda self: self.of_one.second)

@@ -19,6 +19,7 @@ from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._settled import in_batches
 from jacfunc._showing import named
 from jacfunc._torch import RandomState, run_as_written, sweep_batch
 from jacfunc._trees import (
@@ -117,9 +118,7 @@ def vmap(
             _check_all_tensors(outputs)
             return tuple(outputs), ()
 
-        def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
-            return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, lock)
-
+        one_chunk = partial(_vmapped_or_looped, on_leaves, randomness, watching, lock)
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
         size, must = batch_size(split.leaves, dims), "func must be one to map"
         outputs = in_words_of("vmap", lambda: stack(chunks, size), must, OTHERWISE, FEWER)
@@ -128,7 +127,8 @@ def vmap(
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
-    return named("vmap", func, mapped)
+    settled = in_batches(func, mapped, (in_dims, out_dims, randomness, chunk_size))
+    return named("vmap", func, settled)
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:
@@ -157,11 +157,11 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
 
 def _vmapped_or_looped(
     func: Callable[[Leaves], tuple[Leaves, Leaves]],
-    leaves: Leaves,
     randomness: Randomness,
-    dims: Dims,
     watching: Callable[[], AbstractContextManager[Any]],
     lock: AbstractContextManager[Any],
+    leaves: Leaves,
+    dims: Dims,
 ) -> Leaves:
     """Output leaves ``[B, *out]``: of all samples at once, or of a loop where torch can't vmap."""
     try:

@@ -35,12 +35,16 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
     Args:
         is_pure: does the graph write into nothing?
     """
+    transposed: dict[Any, Node] = {}
     for node in graph.graph.nodes:
         if node.target in _NAMES:
             node.replace_all_uses_with(node.args[0])
         elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+        elif is_pure and node.target is _ATEN.t.default and node.args[0] in transposed:
+            node.replace_all_uses_with(transposed[node.args[0]])
         elif node.target in _MOVES:
+            transposed |= {node.args[0]: node} if node.target is _ATEN.t.default else {}
             base, kind = _base_of(node), kind_of(node)
             if kind is not None and kind == kind_of(base):
                 node.replace_all_uses_with(base)

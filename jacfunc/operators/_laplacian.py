@@ -13,6 +13,7 @@ from jacfunc._assembly import DiagonalSink
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forward_laplacian import SecondDerivatives, SecondOrder
 from jacfunc._planning import compilable, resolve
+from jacfunc._settled import with_settled_calls
 from jacfunc._showing import named
 from jacfunc._types import Argnums, First, Func, FunctionOf, Memory, No, OfOne, Tree
 from jacfunc.strategies import Strategy, evaluate, worded
@@ -63,7 +64,6 @@ def laplacian(
         >>> jacfunc.vmap(jacfunc.laplacian(lambda x: (x ** 3).sum()))(batch)
         tensor([18.,  6.])
     """
-
     return _carrying(Derivation("laplacian", func, argnums, has_aux), True, chunk_size, _second)
 
 
@@ -147,7 +147,6 @@ def hessian_diagonal(
         >>> jacfunc.hessian_diagonal(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
         tensor([ 6., 12.])
     """
-
     derivation = Derivation("hessian_diagonal", func, argnums, has_aux)
     return _carrying(derivation, False, chunk_size, _second)
 
@@ -164,13 +163,19 @@ def _carrying(
 ) -> Callable[..., Any]:
     """A function of the arguments of ``func`` that returns what ``pack`` makes of the results."""
     sweep = resolve(derivation.api, "auto", chunk_size)
-    results_of = SecondOrder(derivation, is_summed, chunk_size, sweep, pack is not _second)
 
-    @wraps(derivation.func, updated=())
-    def derived(*args: Tree, **kwargs: Any) -> Any:
-        return pack(results_of(args, kwargs), derivation.has_aux)
+    def derive(func: Func) -> Func:
+        of = Derivation(derivation.api, func, derivation.argnums, derivation.has_aux)
+        results_of = SecondOrder(of, is_summed, chunk_size, sweep, pack is not _second)
 
-    return named(derivation.api, derivation.func, derived)
+        @wraps(func, updated=())
+        def derived(*args: Tree, **kwargs: Any) -> Any:
+            return pack(results_of(args, kwargs), of.has_aux)
+
+        return named(of.api, func, derived)
+
+    is_whole = chunk_size is None and not derivation.has_aux
+    return with_settled_calls(derivation.func, derive) if is_whole else derive(derivation.func)
 
 
 class Options(TypedDict, total=False):
