@@ -147,7 +147,7 @@ class _Kind:
             result = None
         finally:
             self._free.release()
-        self._misses = 0 if result is not None else self._misses + 1
+        self._misses += result is None  # each evaluates the function again: it may have drawn a way
         if self._misses >= MOST_MISSES:
             self.written = None
         return result
