@@ -363,7 +363,7 @@ class Disturbed(nn.Linear):
         return super().forward(x).tanh()
 
 
-@pytest.mark.parametrize("call", [0, 5, 20])
+@pytest.mark.parametrize("call", [0, 5])
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_another_thread_draws_is_not_the_modules(call, times):
     torch.manual_seed(0)
