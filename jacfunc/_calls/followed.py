@@ -45,7 +45,8 @@ def warn_if_followed(
     has_graph = False
     for x in (*args, *kwargs.values()):
         has_graph = has_graph or getattr(x, "grad_fn", None) is not None
-    is_trained = by_inputs and module.training
+    # TorchScript that was frozen has no mode
+    is_trained = by_inputs and getattr(module, "training", False)
     if not (has_graph or is_trained) or not is_outermost():
         return
     if has_graph and is_watching():

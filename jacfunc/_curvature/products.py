@@ -102,7 +102,7 @@ class BatchProducts(PointProducts):
         batch = self._at_batch.batch
         before = RandomState(batch.samples.leaves)
         image, recorder = operator.image(), self._recorded.recorder
-        if self._is_strict and before.has_changed():
+        if self._is_strict and before.has_drawn(self._calls[0], operator.primals):
             batch.check_randomness(Refused(RANDOM))
         if recorder.reads_values:
             check_shapes(self._at_batch, image[0])

@@ -1,6 +1,7 @@
 """Tables of torch's faults, and the watch that looks up in them what a function calls."""
 
 from jacfunc._faults.backward import (
+    LOST_OUTSIDE,
     PullbackRules,
     can_be_batched,
     can_be_pushed,

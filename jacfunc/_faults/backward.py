@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from jacfunc._errors import Refused
-from jacfunc._torch import num_vmap_levels
+from jacfunc._torch import inside_transform, num_vmap_levels
 
 NEVER_BATCHED = frozenset(
     {
@@ -51,6 +51,10 @@ WRONG_SECOND_DERIVATIVE = {
     "WeightNormInterfaceBackward0": "its formula is wrong",
     "SparseCooTensorWithDimsAndTensorsBackward0": "sparse tensors made from values drop it",
 }
+LOST_OUTSIDE = {
+    "CppFunction": "TorchScript that it has optimized leaves no graph to levels outside",
+}
+"""What lies behind these nodes at one level of torch.func, no other level knows of."""
 
 
 class PullbackRules(NamedTuple):
@@ -92,7 +96,11 @@ def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
 
 
 _NAMED = NEVER_BATCHED.union(
-    NOT_BATCHED_IF_DIFFERENTIATED, WRONG_BACKWARD, WRONG_INSIDE_VMAP, WRONG_SECOND_DERIVATIVE
+    NOT_BATCHED_IF_DIFFERENTIATED,
+    WRONG_BACKWARD,
+    WRONG_INSIDE_VMAP,
+    WRONG_SECOND_DERIVATIVE,
+    LOST_OUTSIDE,
 )
 
 
@@ -157,6 +165,8 @@ def wrong_second_derivative(nodes: set[Any]) -> str | None:
     for node in nodes:
         name = node.__name__
         reason = WRONG_SECOND_DERIVATIVE.get(name)
+        if name in LOST_OUTSIDE and inside_transform():
+            reason = LOST_OUTSIDE[name]
         if _is_once_differentiable(getattr(node, "_forward_cls", None)):
             reason = "its backward is marked with @once_differentiable"
         if reason:

@@ -175,6 +175,8 @@ def _row_bytes(packet: Any, args: tuple[Any, ...]) -> int:
     if packet not in VECTOR_PRODUCTS or packet is aten.dot:
         return 0
     matrix = args[VECTOR_PRODUCTS[packet]]
+    if matrix.layout is not torch.strided:
+        return 0
     return int(max(matrix.stride()) * matrix.element_size())
 
 

@@ -80,7 +80,7 @@ class Captured:
             ValueError: if one of the tensors has changed.
         """
         for now, before in self.pairs:
-            if not (torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num())):
+            if not _are_equal(now, before):
                 raise ValueError(
                     f"{api}: what {what} closes over must stay as it was at the call, got a "
                     f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
@@ -100,9 +100,29 @@ class Captured:
             return False
         with torch.no_grad():
             for now, before in self.pairs:
-                if not torch.equal(now, before):
+                if not _are_equal(now, before):
                     now.copy_(before)
         return True
+
+
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys(
+        (torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")
+    ),
+    **dict.fromkeys(
+        (torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")
+    ),
+}
+"""Methods that return the tensors in which a sparse one is kept."""
+
+
+def _are_equal(now: Tensor, before: Tensor) -> bool:
+    """Are these the same numbers, or nan in the same places?"""
+    if parts := _PARTS.get(now.layout):
+        pairs = [(getattr(now.detach(), part)(), getattr(before, part)()) for part in parts]
+        return now.shape == before.shape and all(_are_equal(*pair) for pair in pairs)
+    return torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num())
 
 
 class Casting(NamedTuple):

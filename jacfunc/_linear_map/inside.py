@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._faults import (
+    LOST_OUTSIDE,
     can_be_batched,
     check_nodes,
     check_statistics,
@@ -129,7 +130,8 @@ class _InnerEvaluation:
     def _look(self, outputs: Leaves, graph: Graph) -> None:
         self.kinds, self.nodes = graph.nodes, (nodes := suspects(graph.nodes))
         names = {node.__name__ for node in nodes}
-        self.differentiated = any(is_differentiated(out) for out in outputs)
+        is_lost = not names.isdisjoint(LOST_OUTSIDE)
+        self.differentiated = is_lost or any(map(is_differentiated, outputs))
         check_nodes(nodes, self.differentiated and self.is_derived)
         if self.differentiated:
             self.reason = wrong_second_derivative(nodes)

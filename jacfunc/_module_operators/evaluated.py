@@ -158,7 +158,7 @@ class Evaluated:
             if self._randomness == "error":
                 assert self.at_batch is not None
                 batch = self.call.batch(self.at_batch.batching)
-                if before.has_changed():
+                if before.has_drawn(self.flat, self.flat.primals):
                     batch.check_randomness(Refused(RANDOM))
                 if batch.size > 1 and is_outermost():
                     self._check_evaluated(batch, leaves)

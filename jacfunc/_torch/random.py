@@ -21,6 +21,9 @@ GeneratorState: TypeAlias = tuple[torch.Tensor, ...]
 # garbage collection. If that thread asks for the generator, too, both wait for ever.
 _STATES = RLock()
 
+_TRIES = 8
+"""So many evaluations are made to see whether they draw: each takes less time than the first."""
+
 _ALWAYS = (
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
     *("bernoulli", "multinomial", "normal", "poisson", "binomial", "gumbel_softmax"),
@@ -111,6 +114,20 @@ class RandomState:
     def has_changed(self) -> bool:
         """Has anything been drawn since this object was made?"""
         return _bytes_of(self._states) != _bytes_of(self._current())
+
+    def has_drawn(self, func: Callable[..., Any], primals: Leaves) -> bool:
+        """Has an evaluation of ``func`` drawn since, and not another thread alone?
+
+        Of all draws nothing tells whose they are. So it is evaluated again, until one evaluation is
+        not disturbed.
+        """
+        for _ in range(_TRIES):
+            if not self.has_changed():
+                return False
+            self.repeat()
+            with torch.no_grad():
+                func(*map(torch.Tensor.clone, primals))
+        return self.has_changed()
 
     @contextmanager
     def of_one(self, randomness: str) -> Iterator[None]:

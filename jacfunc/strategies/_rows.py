@@ -50,8 +50,7 @@ class AtPoint(NamedTuple):
 class SettledRows:
     """The rows of calls of one kind: all at once or one by one, or those of the Hessian.
 
-    The function is evaluated once a call, but where rows are written down, and where they do not
-    hold: then it is evaluated anew, as nobody knows what hooks on what is saved have changed in it.
+    The function is evaluated once a call, whether rows that are written down hold or not.
 
     Args:
         func: the function.
@@ -75,7 +74,7 @@ class SettledRows:
         self._is_alone, self._is_looped, self._is_free = is_alone, is_looped, is_free
         self._harmless = set[tuple[frozenset[Any], bool]]()
         self._calls = 0
-        self._written: WrittenRows | None = None
+        self._written: WrittenRows[AtPoint] | None = None
 
     def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where the output, or the graph, is of another kind.
@@ -83,13 +82,14 @@ class SettledRows:
         Raises:
             RuntimeError: if the function does.
         """
-        written = self._written
-        if written is not None:
-            if (known := written.replayed(x)) is not None:
-                return known
-            if written.misses >= MOST_MISSES:
-                self._written = None
-        at = self._evaluated(x)
+        known, written = None, self._written
+        if written is not None and (known := written.at(x)) is not None:
+            saved, block = known  # a sweep reads what is saved, so that must not go before
+            if block is not None:
+                return saved.evaluated.out, block
+        if written is not None and written.misses >= MOST_MISSES:
+            self._written = None
+        at = saved.evaluated if known is not None else self._evaluated(x)
         try:
             block = self._swept(at, x)
         except Exception:  # a backward pass of the user's may raise anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import timeit
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,14 +35,16 @@ class SweepablePoint(Protocol):
         """The block of the output, from a sweep of its graph."""
 
 
-Evaluate = Callable[[Tensor], SweepablePoint]
+PointT = TypeVar("PointT", bound=SweepablePoint)
+Evaluate = Callable[[Tensor], PointT]
 
 
-class WrittenRows:
+class WrittenRows(Generic[PointT]):
     """A sweep of all rows as a straight program, which reads what autograd has saved.
 
     It holds for evaluations whose graphs have the same outline, and no hooks. So a function may
-    branch, write, and close over what changes from call to call: what leads elsewhere is swept.
+    branch, write, and close over what changes from call to call: what leads elsewhere is swept, and
+    not evaluated anew, as a function that draws its way would then take rare ways more rarely.
 
     Args:
         evaluate: evaluates the function at a point.
@@ -50,31 +52,38 @@ class WrittenRows:
         outline: of the graphs for which they hold.
     """
 
-    def __init__(self, evaluate: Evaluate, work: WrittenWork, outline: Any) -> None:
+    def __init__(self, evaluate: Evaluate[PointT], work: WrittenWork, outline: Any) -> None:
         self._evaluate, self._work, self._outline = evaluate, work, outline
         self.misses = 0
         """So often in a row it did not hold."""
 
-    def replayed(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The output and its block; None where it does not hold."""
-        result, saved = None, _Saved.at(x, self._evaluate)
-        if saved is not None and saved.is_whole and saved.outline == self._outline:
+    def at(self, x: Tensor) -> tuple[Saved[PointT], Tensor | None] | None:
+        """The function at a point, and the rows; None for these where what is known does not hold.
+
+        None for both if the evaluation can't be swept, as not all is there as it was saved.
+        """
+        block, saved = None, Saved.at(x, self._evaluate)
+        is_whole = saved is not None and saved.is_whole
+        if saved is not None and is_whole and saved.outline == self._outline:
             with torch.set_grad_enabled(False):
-                result = self._work.result(saved.leaves)
-        self.misses = 0 if result is not None else self.misses + 1
-        return None if saved is None or result is None else (saved.evaluated.out, result[0])
+                (block,) = self._work.result(saved.leaves) or (None,)
+        self.misses = 0 if block is not None else self.misses + 1
+        return (saved, block) if saved is not None and is_whole else None
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple, Generic[PointT]):
     """An evaluation, what was saved for its backward pass, and the outline of its graph."""
 
-    evaluated: SweepablePoint
+    evaluated: PointT
     sources: Sources
     outline: Any
 
     @classmethod
-    def at(cls, x: Tensor, evaluate: Evaluate) -> Self | None:
-        """One at this point; None if it saves too much, or sets hooks, which may do anything."""
+    def at(cls, x: Tensor, evaluate: Evaluate[PointT]) -> Self | None:
+        """One at this point; None if it saves too much.
+
+        It has no outline if it sets hooks, which may do anything.
+        """
         sources, hooks, first = Sources(moments=[]), RemovableHandle.next_id, Graphs.num_nodes()
         try:
             with sources.saving():
@@ -82,7 +91,7 @@ class _Saved(NamedTuple):
         except Nameless:
             return None
         if type(at.out) is not Tensor or RemovableHandle.next_id != hooks:
-            return None
+            return cls(at, sources, None)
         told, moments = sources.saved, sources.moments
         return cls(at, sources, outline(at.out, at.starts, first, told, moments))
 
@@ -106,8 +115,8 @@ class _Saved(NamedTuple):
 
 
 def written_rows(
-    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows | None:
+    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: tuple[bool, ...]
+) -> WrittenRows[PointT] | None:
     """The rows at a point, written down; None if they can't be, or if it would not pay.
 
     Args:
@@ -129,13 +138,13 @@ def written_rows(
 
 
 def _written_rows(
-    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows | None:
-    first = _Saved.at(x, evaluate)
+    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: tuple[bool, ...]
+) -> WrittenRows[PointT] | None:
+    first = Saved.at(x, evaluate)
     if first is None or first.outline is None:
         return None
     works = list(map(first.written, ways))
-    second = _Saved.at(x, evaluate)
+    second = Saved.at(x, evaluate)
     if second is None or not second.is_whole or second.outline != first.outline:
         return None
     if not all(map(are_same, first.leaves, second.leaves)):

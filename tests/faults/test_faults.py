@@ -5,6 +5,7 @@ go.
 """
 
 import copy
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -831,3 +832,39 @@ def test_of_torch_script_what_is_traced_goes_forward():
     normed = torch.nn.Sequential(net, torch.nn.LayerNorm(2).double())
     with pytest.raises(NotImplementedError, match="can't be watched through layer_norm"):
         derive(torch.jit.trace(normed, (POINT,)))
+
+
+@torch.jit.script
+def scripted(x):
+    return torch.tanh(x) * x.sum()
+
+
+SECOND = {
+    "hessian": jacfunc.hessian,
+    "forward over reverse": lambda f: jacfunc.hessian(f, strategy="forward-over-reverse"),
+    "of transforms": lambda f: jacfunc.jacfwd(jacfunc.jacrev(f)),
+    "of reverse ones": lambda f: jacfunc.jacrev(jacfunc.jacrev(f)),
+    "under vmap": lambda f: lambda x: jacfunc.vmap(jacfunc.hessian(f))(x[None])[0],
+    "reverse under vmap": lambda f: (
+        lambda x: jacfunc.vmap(jacfunc.jacrev(jacfunc.jacrev(f), chunk_size=1))(x[None])[0]
+    ),
+    "products": lambda f: (
+        lambda x: torch.stack(
+            [jacfunc.linearize(jacfunc.jacrev(f), x)[1] @ v for v in torch.eye(len(x)).to(x)]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_of_torch_script_are_right_or_refused(name):
+    """Once it is optimized, one level of torch.func knows nothing of what it does at another."""
+
+    def f(x):
+        return scripted(x).square().sum()
+
+    for _ in range(4):
+        f(POINT.clone().requires_grad_()).backward()
+        expected = looped_hessian(f, (POINT,))
+        with nullcontext() if name == "hessian" else suppress(NotImplementedError):
+            torch.testing.assert_close(SECOND[name](f)(POINT), expected)

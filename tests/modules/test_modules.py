@@ -419,6 +419,17 @@ def test_scripted_parts_are_constants():
         jacfunc.module_jacobian(module, "inputs", per_sample=True)(x)
 
 
+def test_frozen_torch_script_has_no_mode():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double().eval()
+    frozen = torch.jit.freeze(torch.jit.script(module))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for _ in range(3):
+        jac = jacfunc.module_jacobian(frozen, "inputs", per_sample=True)(x)
+        expected = jacfunc.module_jacobian(module, "inputs", per_sample=True, strategy="looped")(x)
+        torch.testing.assert_close(jac, expected)
+
+
 def test_modules_with_the_batch_behind_have_no_samples():
     with pytest.raises(ValueError, match="got batch_first=False"):
         jacfunc.module_jacobian(nn.GRU(4, 2), per_sample=True)(torch.ones(3, 5, 4))

@@ -366,6 +366,34 @@ def test_a_function_that_has_changed_is_refused(name, is_global):
             product()
 
 
+SPARSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "coo": Tensor.to_sparse,
+    "coo, a place twice": lambda A: torch.sparse_coo_tensor(
+        [[0, 0, 1], [1, 1, 0]], torch.ones(3), A.shape, dtype=A.dtype, check_invariants=True
+    ),
+    "csr": Tensor.to_sparse_csr,
+    "csc": Tensor.to_sparse_csc,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC) tensor support is in beta")
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_tensors_are_compared_too(name):
+    """Torch compares no sparse tensors, so what these are kept in is compared."""
+    dense = torch.tensor([[0.0, 2.0, 0.0, 1.0], [3.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    A = SPARSE[name](dense)
+    dense = A.to_dense()
+    _, J = linearize(lambda x: (A @ x).sin(), X)
+    expected = (dense @ X).cos()[:, None] * dense
+    for _ in range(2):
+        close(J @ V, expected @ V)
+        close(J.T @ torch.ones(2).double(), expected.sum(0))
+        close(J.matrix(), expected)
+    (A._values() if A.is_sparse else A.values()).mul_(2)
+    with pytest.raises(ValueError, match=r"^linearize: what the function closes over"):
+        J.matrix()
+
+
 def test_a_function_that_computes_something_else_is_refused_for_good():
     """What it refers to was replaced: of that nothing tells but its outputs."""
 

@@ -424,6 +424,14 @@ def test_explain_puts_the_forecast_beside_what_was_seen() -> None:
     assert "<table><caption>Reverse(" in told._repr_html_()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_products_with_sparse_matrices_are_planned() -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 1.0]])
+    matrix, x = dense.to_sparse_csr(), torch.tensor([0.1, 0.2, 0.3])
+    jacobian = jacfunc.jacobian(lambda x: (matrix @ x).sin(), memory="1 MB")(x)
+    torch.testing.assert_close(jacobian, (dense @ x).cos()[:, None] * dense)
+
+
 def test_explain_keeps_to_the_budget_that_it_foretells() -> None:
     matrix = torch.randn(300, 300)
     told = jacfunc.explain(lambda x: torch.tanh(matrix @ x), torch.randn(300), memory="1 MB")

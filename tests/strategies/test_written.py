@@ -338,6 +338,41 @@ def test_random_numbers_are_those_of_a_plain_call() -> None:
     torch.testing.assert_close(first, torch.diag(X.cos() * factor))
 
 
+@pytest.mark.parametrize("strategy", ["reverse", "auto", jacfunc.Looped("rows")], ids=str)
+@pytest.mark.parametrize("sets_hooks", [False, True], ids=["", "sets hooks"])
+def test_a_way_that_is_drawn_is_drawn_once_a_call(strategy: Any, sets_hooks: bool) -> None:
+    """Drawn anew where another way is written down, rare ways would be taken more rarely."""
+    way, draws = "sine", 0
+
+    def f(x: Tensor) -> Tensor:
+        nonlocal draws
+        draws += 1
+        if way == "sine":
+            return x.sin()
+        y = x.cos()
+        if sets_hooks:
+            y.register_hook(lambda gradient: 2 * gradient)
+        return y * 3
+
+    derive = written(jacfunc.jacobian(f, strategy=strategy))
+    for way in ("cosine", "sine", "cosine", "cosine", "sine", "cosine", "sine"):
+        draws = 0
+        slopes = X.cos() if way == "sine" else -(6 if sets_hooks else 3) * X.sin()
+        torch.testing.assert_close(derive(X), torch.diag(slopes))
+        assert draws == 1
+
+
+def test_another_way_takes_the_random_numbers_of_a_plain_call() -> None:
+    draws = False
+    derive = written(jacfunc.jacrev(lambda x: x.sin() * (torch.rand(()) if draws else 2.0)))
+    draws = True
+    torch.manual_seed(0)
+    jacobian, following = derive(X), torch.rand(())
+    torch.manual_seed(0)
+    torch.testing.assert_close(jacobian, torch.diag(X.cos() * torch.rand(())))
+    assert torch.equal(torch.rand(()), following)
+
+
 def test_a_function_that_torch_transforms_inside_is_exact() -> None:
     derive = jacfunc.jacrev(lambda x: torch.func.grad(lambda y: (W @ y).sin().sum())(X) * x)
     for _ in range(CALLS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -345,3 +346,39 @@ def test_products_of_a_deep_network_are_not_refused(dtype: torch.dtype) -> None:
     G = jacfunc.ggn(module, half_square)(point(6, 8).to(dtype), point(6, 8).to(dtype))
     for _ in range(2):
         assert all(part.isfinite().all() for part in (G @ ones(module)).values())
+
+
+DISTURBED: list[int] = []
+
+
+class Disturbed(nn.Linear):
+    """While it is evaluated, another thread draws, as often as the list is long."""
+
+    def forward(self, x):
+        if DISTURBED:
+            DISTURBED.pop()
+            other = Thread(target=torch.rand, args=(1,))
+            other.start()
+            other.join()
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("call", [0, 5])
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_another_thread_draws_is_not_the_modules(call, times):
+    torch.manual_seed(0)
+    module = Disturbed(3, 2).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    vector = {name: torch.ones_like(param) for name, param in module.named_parameters()}
+    ones = torch.cat([v.reshape(-1) for v in vector.values()])
+    J = jacfunc.module_jacobian(module, per_sample=True, flat=True, strategy="looped")(x)
+    expected = J @ ones, 2 * torch.einsum("bcp,bcq,q->p", J, J, ones)
+    made = jacfunc.module_operator(module, per_sample=True)
+    curvature = jacfunc.ggn(module, nn.MSELoss(reduction="sum"))
+    for number in range(call + 2):
+        disturbed = [1] * times if number == call else []
+        DISTURBED[:] = disturbed
+        products = [made(x) @ vector]
+        DISTURBED[:] = disturbed
+        products += [torch.cat([v.reshape(-1) for v in (curvature(x, y) @ vector).values()])]
+        torch.testing.assert_close(products, [*expected])
