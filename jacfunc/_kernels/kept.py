@@ -56,9 +56,7 @@ class KeptRows(tuple[Tensor, ...]):
         return cls._like(places, Answers(), tensors)
 
     @classmethod
-    def _like(
-        cls, places: list[list[Place]], answers: Answers, tensors: Sequence[Tensor]
-    ) -> Self:
+    def _like(cls, places: list[list[Place]], answers: Answers, tensors: Sequence[Tensor]) -> Self:
         own = cls([x.detach() for x in tensors])  # inputs of layers would keep the graph
         own._places, own._answers, own._versions = places, answers, versions_of(own)
         return own

@@ -9,7 +9,7 @@ section 3.3 on structured derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -22,6 +22,9 @@ from jacfunc.layers import Gather, Outer, Rows
 
 MOVED = 16
 """How many multiplications take as long as writing one number and reading it again."""
+
+Weights: TypeAlias = Callable[[tuple[int, int], tuple[int, int]], Tensor]
+"""Makes products ``[B₁, B₂]`` of ranges of samples on both sides."""
 
 Positional: TypeAlias = Outer | Gather
 """Forms with positions, which the first route takes."""
@@ -77,22 +80,20 @@ class Pair:
         """Have both sides one position, in one group?"""
         return self.lefts.shape[2:4] == (1, 1) == self.rights.shape[2:4]
 
-    def add_products(self, total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """A number or a sum, with the products of inputs ``[B₁, B₂]`` at one position added."""
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Inputs of both sides at one position as matrices; None of tables, which have indices."""
         left, right = self.left, self.right
         if isinstance(left, Gather) or isinstance(right, Gather):
-            products = self.similarity(dtype)[0, :, 0, :, 0]
-            return products if total is None else products.add_(total)
+            return None
         first = left.inputs.to(dtype).flatten(1)
-        second = first if right is left else right.inputs.to(dtype).flatten(1)
-        return first @ second.mT if total is None else torch.addmm(total, first, second.mT)
+        return first, first if right is left else right.inputs.to(dtype).flatten(1)
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
         left, right = self.left, self.right
         if isinstance(left, Outer) and isinstance(right, Outer):
             lefts, rights = (x.inputs.to(dtype).transpose(0, 1) for x in (left, right))
-            products = torch.bmm(lefts.flatten(1, 2), rights.flatten(1, 2).mT)
+            products = dots(lefts.flatten(1, 2), rights.flatten(1, 2))
             return products.view(*lefts.shape[:3], *rights.shape[1:3])
         assert isinstance(left, Gather)
         assert isinstance(right, Gather)
@@ -149,16 +150,31 @@ class Weighted:
     pairs: list[Pair]
     ones: int = 0
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """The products of inputs ``[B₁, B₂]``, added up; those of a bias are 1."""
-        total: Tensor | None = None
-        if self.ones:  # made of no tensor, so that a written sweep computes it once for all calls
-            device = self.pairs[0].lefts.device
-            total = torch.full((), self.ones, dtype=dtype, device=device)
-        for pair in self.pairs:
-            total = pair.add_products(total, dtype)
-        assert total is not None
-        return total
+    @property
+    def width(self) -> int:
+        """How many numbers the inputs have of a sample."""
+        return sum(pair.left.width for pair in self.pairs if isinstance(pair.left, Outer))
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """Makes the products of inputs, added up; those of a bias are 1."""
+        every = [(pair, pair.inputs(dtype)) for pair in self.pairs]
+        # made of no tensor, so that a written sweep computes it once for all calls
+        device = self.pairs[0].lefts.device
+        ones = torch.full((), self.ones, dtype=dtype, device=device) if self.ones else None
+
+        def some(rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+            total = ones
+            for pair, inputs in every:
+                if inputs is None:
+                    products = pair.similarity(dtype)[0, slice(*rows), 0, slice(*columns), 0]
+                    total = products if total is None else products.add_(total)
+                else:
+                    first, second = cut(inputs[0], 0, *rows), cut(inputs[1], 0, *columns).mT
+                    total = first @ second if total is None else torch.addmm(total, first, second)
+            assert total is not None
+            return total
+
+        return some
 
 
 class Routes(NamedTuple):
@@ -203,3 +219,16 @@ class Routes(NamedTuple):
             elif both.left and both.right:
                 by_rows.append(both)
         return cls(weighted, by_positions, by_rows)
+
+
+def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """A range of an axis; the tensor itself if that is all of it."""
+    size = stop - start
+    return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)
+
+
+def dots(lefts: Tensor, rights: Tensor) -> Tensor:
+    """Products ``[D, M, N]`` of rows ``[D, M, p]`` and ``[D, N, p]``."""
+    if len(lefts) == 1:  # for one product there are faster kernels
+        return (lefts[0] @ rights[0].mT).unsqueeze(0)
+    return torch.bmm(lefts, rights.mT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -132,10 +132,21 @@ class Evaluated:
             return None
         return SampleFactors(self.at_batch, self.domain) if self._randomness == "error" else None
 
-    def point(self) -> JacobianOperator:
-        """The call as a linear map, not evaluated yet."""
+    def point(self, drawing: RandomState | None = None) -> JacobianOperator:
+        """The call as a linear map, not evaluated yet; it draws as from now on, or from then."""
         point = JacobianOperator(self._func, self.flat.primals)
-        point.rewind_generators()
+        point.rewind_generators(drawing)
+        return point
+
+    def point_with(self, output: Tensor) -> Callable[[], JacobianOperator]:
+        """What makes the point, if more is asked for than an evaluation has shown."""
+        drawing = RandomState(tuple(self.call.state.point.values()))
+
+        def point() -> JacobianOperator:
+            point = self.point(drawing)
+            point.keep_image((output,), (), in_same_way=False)  # later evaluations must agree
+            return point
+
         return point
 
     @contextmanager
