@@ -43,14 +43,14 @@ class ModuleOperator(DetachedOperator):
     def __init__(self, evaluated: Evaluated) -> None:
         kept = evaluated.samples.kept if evaluated.samples else None
         if kept is not None:
+            point_now, codomain = evaluated.point_with(kept.output), evaluated.codomain(kept.output)
             self.outputs: Tree = kept.output.clone()
-            point_now = evaluated.point_with(kept.output)
         else:
             point = evaluated.point()
             self.outputs = evaluated.checked().outputs(point)
-            point_now = lambda: point  # noqa: E731
-        api, spaces = evaluated.call.api, (evaluated.domain, Space.of(self.outputs))
-        super().__init__(api, *spaces, point_now, evaluated.around)
+            point_now, codomain = (lambda: point), Space.of(self.outputs)
+        spaces = evaluated.domain, codomain
+        super().__init__(evaluated.call.api, *spaces, point_now, evaluated.around)
         self.evaluated = evaluated
         self._uncompared: Leaves | None = None
         """The last cotangent that was pulled back from rows alone."""
