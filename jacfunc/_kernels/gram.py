@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, rows
-from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, Weighted, cut, dots
+from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, Weighted
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
 from jacfunc.layers import Outer
@@ -117,14 +117,14 @@ class Gram:
         shape = (self.axes.diagonal, kept, first, kept, second)
         axis = 1 if kept > 1 else 2
         weights = weighted.weights(self.dtype)
-        every = weights((0, first), (0, second)) if axis == 1 else None
+        every = weights() if axis == 1 else None
         beside = 0 if axis == 1 else weighted.width
         nbytes = prod(shape) * lefts.itemsize
         for start, stop, end in self._blocks(lefts, rights, axis, nbytes, beside):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
-            left = some.flatten(1, 2)
-            products = dots(left, left if others is some else others.flatten(1, 2))
-            some_of = weights((start, stop), (0, end)) if every is None else every
+            left = some.flatten(1, 2).squeeze(0)  # for one product there are faster kernels
+            products = left @ (left if others is some else others.flatten(1, 2).squeeze(0)).mT
+            some_of = weights(slice(start, stop), slice(end)) if every is None else every
             factors = some_of.unsqueeze(1)
             if self._by_output is None:
                 if products.numel() == prod(shape):
@@ -167,7 +167,7 @@ class Gram:
         lefts, rights = self._both(self._by_rows, *zip(*chunks, strict=True))
         for start, stop, end in self._blocks(lefts, rights, 1, 0):
             some, others = cut(lefts, 1, start, stop), cut(rights, 1, 0, end)
-            products = dots(some.flatten(1, 2), others.flatten(1, 2))
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
             part = self._by_sample[:, start:stop, :, :end]
             part.add_(products.view(part.shape))
 
@@ -242,3 +242,9 @@ class Gram:
         """Rows that lie beside each other, ``[D, B, F, S·P]``."""
         beside = chunks[0] if len(chunks) == 1 else torch.cat(tuple(chunks), -1)
         return self.axes.split(beside.transpose(0, 1)).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """A range of an axis; the tensor itself if that is all of it."""
+    size = stop - start
+    return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)

@@ -20,11 +20,13 @@ from jacfunc._factored import Part, place_of
 from jacfunc._types import Leaves
 from jacfunc.layers import Gather, Outer, Rows
 
+EVERY = slice(None)
+
 MOVED = 16
 """How many multiplications take as long as writing one number and reading it again."""
 
-Weights: TypeAlias = Callable[[tuple[int, int], tuple[int, int]], Tensor]
-"""Makes products ``[B₁, B₂]`` of ranges of samples on both sides."""
+Weights: TypeAlias = Callable[..., Tensor]
+"""Makes products ``[B₁, B₂]`` of all samples, or of a slice of those on both sides."""
 
 Positional: TypeAlias = Outer | Gather
 """Forms with positions, which the first route takes."""
@@ -93,7 +95,7 @@ class Pair:
         left, right = self.left, self.right
         if isinstance(left, Outer) and isinstance(right, Outer):
             lefts, rights = (x.inputs.to(dtype).transpose(0, 1) for x in (left, right))
-            products = dots(lefts.flatten(1, 2), rights.flatten(1, 2))
+            products = torch.bmm(lefts.flatten(1, 2), rights.flatten(1, 2).mT)
             return products.view(*lefts.shape[:3], *rights.shape[1:3])
         assert isinstance(left, Gather)
         assert isinstance(right, Gather)
@@ -162,15 +164,16 @@ class Weighted:
         device = self.pairs[0].lefts.device
         ones = torch.full((), self.ones, dtype=dtype, device=device) if self.ones else None
 
-        def some(rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        def some(rows: slice | None = None, columns: slice | None = None) -> Tensor:
             total = ones
             for pair, inputs in every:
                 if inputs is None:
-                    products = pair.similarity(dtype)[0, slice(*rows), 0, slice(*columns), 0]
+                    products = pair.similarity(dtype)[0, rows or EVERY, 0, columns or EVERY, 0]
                     total = products if total is None else products.add_(total)
-                else:
-                    first, second = cut(inputs[0], 0, *rows), cut(inputs[1], 0, *columns).mT
-                    total = first @ second if total is None else torch.addmm(total, first, second)
+                    continue
+                first = inputs[0] if rows is None else inputs[0][rows]
+                second = inputs[1] if columns is None else inputs[1][columns]
+                total = first @ second.mT if total is None else total.addmm(first, second.mT)
             assert total is not None
             return total
 
@@ -219,16 +222,3 @@ class Routes(NamedTuple):
             elif both.left and both.right:
                 by_rows.append(both)
         return cls(weighted, by_positions, by_rows)
-
-
-def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """A range of an axis; the tensor itself if that is all of it."""
-    size = stop - start
-    return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)
-
-
-def dots(lefts: Tensor, rights: Tensor) -> Tensor:
-    """Products ``[D, M, N]`` of rows ``[D, M, p]`` and ``[D, N, p]``."""
-    if len(lefts) == 1:  # for one product there are faster kernels
-        return (lefts[0] @ rights[0].mT).unsqueeze(0)
-    return torch.bmm(lefts, rights.mT)

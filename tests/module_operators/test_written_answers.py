@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._kernels.answers import Answers
-from jacfunc._traces import WrittenWork
+from tests.house.calls import num_calls
 from tests.module_operators.test_one_evaluation import MANY, looped, near, perceptron
 
 double = torch.float64
@@ -26,23 +27,21 @@ def settled(model: nn.Module, x: Tensor, calls: int = MANY) -> Any:
     return operator_of
 
 
-def test_answers_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_written_down() -> None:
+    """Then no code runs that chooses how products are taken."""
     model, x = perceptron(1).double(), torch.randn(7, 6, dtype=double)
-    op = settled(model, x)(x)
-    made: list[Any] = []
-    monkeypatch.setattr(WrittenWork, "result", _told(WrittenWork.result, made))
-    op.gram(center=True)
-    op.T @ torch.ones(7, dtype=double)
-    assert len(made) == 2
-    assert all(result is not None for result in made)
 
+    def is_choice(frame: FrameType, event: str, argument: Any) -> bool:
+        name = frame.f_code.co_filename
+        return event == "call" and name.endswith(("_kernels/gram.py", "_products/factored.py"))
 
-def _told(method: Any, made: list[Any]) -> Any:
-    def told(*args: Any) -> Any:
-        made.append(method(*args))
-        return made[-1]
+    def answer(op: Any) -> None:
+        op.gram(center=True)
+        op.rmv(torch.ones(7, 1, dtype=double))
 
-    return told
+    first, later = settled(model, x, 0)(x), settled(model, x)(x)
+    assert num_calls(lambda: answer(first), is_choice) > 0
+    assert num_calls(lambda: answer(later), is_choice) == 0
 
 
 def test_answers_may_be_written_into() -> None:
