@@ -132,8 +132,7 @@ class ModuleState:
         """Hooks on gradients that a user has set on chosen parameters, by name."""
         if self.hooked is not None:
             return self.hooked
-        pairs = [(name, self.params[name]._backward_hooks) for name in self.point]
-        return {name: list(own.values()) for name, own in pairs if own}
+        return {n: [*h.values()] for n in self.point if (h := self.params[n]._backward_hooks)}
 
     def buffers_now(self) -> dict[str, Tensor]:
         """The buffers that the module has left, while it is lent for an evaluation."""
