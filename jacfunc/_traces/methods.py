@@ -154,8 +154,8 @@ def _is_onto_images(node: Node) -> bool:
     )
     if not is_plain:
         return False
-    _, channels, *size = values[2].shape
-    seen_by = prod(size) / prod(stride)  # so many places of the kernel, on average
+    _, channels, *size = map(int, values[2].shape)
+    seen_by = prod(size) / prod(map(int, stride))  # so many places of the kernel, on average
     return channels <= FEW_CHANNELS or (channels <= SOME_CHANNELS and seen_by <= 2.25)
 
 
