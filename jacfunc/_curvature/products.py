@@ -65,7 +65,8 @@ class BatchProducts(PointProducts):
         vmapped = OfCalls(by_samples(at_batch, self._calls), flat.state)
         self._recorded = Recorded(flat if self._is_strict else vmapped)
         self._plain = JacobianOperator(self._recorded, tuple(map(Tensor.detach, flat.primals)))
-        super().__init__(at_batch.api, self._plain, at_batch.undisturbed)
+        plain = self._plain
+        super().__init__(at_batch.api, lambda: plain, at_batch.undisturbed)
         self._is_transposed = True  # to be compared for random vectors
         self._at_batch, self._state = at_batch, flat.state
         self._left: list[Way] = []

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, rows
-from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes
+from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, Weighted
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
 from jacfunc.layers import Outer
 
-BLOCKS, BLOCKED = 4, 2**24
+BLOCKS, BLOCKED = 4, 2**21
 """A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
 block is worth its overhead if it has so many of the product's multiplications."""
+
+LONG = 128
+"""Products of shorter rows take no longer than to put blocks together."""
 
 SMALL = 64
 """Rows of this part of what is made at once, or less, are copied beside others."""
@@ -82,7 +85,7 @@ class Gram:
             self._add_by_positions(pair)
         self._add_by_rows(chain.from_iterable(map(self._chunks, routes.by_rows)))
         for weighted in routes.weighted.values():
-            self._add_weighted(weighted.pairs[0], weighted.weights(self.dtype))
+            self._add_weighted(weighted)
 
     def whole(self) -> Tensor:
         """The sum, with the entries above the diagonal."""
@@ -103,25 +106,30 @@ class Gram:
         is_computed = behind >= index[(..., *(None,) * (2 - axis))]
         return torch.where(is_computed, total, total.movedim((1, 2), (3, 4)))
 
-    def _add_weighted(self, pair: Pair, weights: Tensor) -> None:
+    def _add_weighted(self, weighted: Weighted) -> None:
         """Add products of cotangents at one position, times products of inputs ``[B₁, B₂]``.
 
         Blocks are of outputs, which come first among cotangents, or of samples if one is kept.
         """
+        pair = weighted.pairs[0]
         lefts, rights = self._both(self._by_outputs, pair.lefts, pair.rights)
         (first, second), kept = self.sizes, self.axes.kept
         shape = (self.axes.diagonal, kept, first, kept, second)
         axis = 1 if kept > 1 else 2
-        for start, stop, end in self._blocks(lefts, rights, axis, prod(shape) * lefts.itemsize):
+        weights = weighted.weights(self.dtype)
+        every = weights() if axis == 1 else None
+        beside = 0 if axis == 1 else weighted.width
+        nbytes = prod(shape) * lefts.itemsize
+        for start, stop, end in self._blocks(lefts, rights, axis, nbytes, beside):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
-            left = some.flatten(1, 2)
-            products = torch.bmm(left, (left if others is some else others.flatten(1, 2)).mT)
-            factors = (weights if axis == 1 else weights[start:stop, :end]).unsqueeze(1)
-            is_whole = products.numel() == prod(shape)
-            if is_whole and self._by_output is None:
-                self._by_output = products.view(shape).mul_(factors)
-                continue
+            left = some.flatten(1, 2).squeeze(0)  # for one product there are faster kernels
+            products = left @ (left if others is some else others.flatten(1, 2).squeeze(0)).mT
+            some_of = weights(slice(start, stop), slice(end)) if every is None else every
+            factors = some_of.unsqueeze(1)
             if self._by_output is None:
+                if products.numel() == prod(shape):
+                    self._by_output = products.view(shape).mul_(factors)
+                    continue
                 self._by_output = products.new_zeros(shape)
             part = cut(cut(self._by_output, axis, start, stop), axis + 2, 0, end)
             part.addcmul_(products.view(part.shape), factors)
@@ -164,16 +172,17 @@ class Gram:
             part.add_(products.view(part.shape))
 
     def _blocks(
-        self, lefts: Tensor, rights: Tensor, axis: int, nbytes: int
+        self, lefts: Tensor, rights: Tensor, axis: int, nbytes: int, beside: int = 0
     ) -> Iterator[tuple[int, int, int]]:
         """Ranges of the first side's axis, each with the end of those on the other side.
 
         Args:
             nbytes: of the products of all ranges.
+            beside: multiplications for each number of these, by which they are weighted.
         """
-        size, count = lefts.shape[axis], 1
-        if self.is_symmetric:
-            multiplications = lefts.numel() * prod(rights.shape[1:-1])
+        size, count, length = lefts.shape[axis], 1, lefts.shape[-1] + beside
+        if self.is_symmetric and length >= min(LONG, self.blocked):
+            multiplications = prod(lefts.shape[:-1]) * prod(rights.shape[1:-1]) * length
             count = min(BLOCKS, multiplications // self.blocked)
         count = max(1, count, -(-nbytes // self.at_once))
         step = -(-size // count)

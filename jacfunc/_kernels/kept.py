@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import FactoredJacobian, Part, place_of, rows
+from jacfunc._kernels.answers import Answers
 from jacfunc._kernels.blocks import KeptAxes, LeafRows, leaf_rows
 from jacfunc._lending import versions_of
 from jacfunc._lock import kept_property
@@ -33,6 +34,8 @@ class KeptRows(tuple[Tensor, ...]):
     """
 
     _places: list[list[Place]]
+    _answers: Answers
+    """What is made of rows like these."""
     _versions: Sequence[int]
 
     @classmethod
@@ -50,18 +53,18 @@ class KeptRows(tuple[Tensor, ...]):
                     tensors += [tensor] if number == len(tensors) else []
                     taken.append((number, tensor.shape))
                 into.append((partial(Part, part.path), form_of, taken))
-        return cls._like(places, tensors)
+        return cls._like(places, Answers(), tensors)
 
     @classmethod
-    def _like(cls, places: list[list[Place]], tensors: Sequence[Tensor]) -> Self:
+    def _like(cls, places: list[list[Place]], answers: Answers, tensors: Sequence[Tensor]) -> Self:
         own = cls([x.detach() for x in tensors])  # inputs of layers would keep the graph
-        own._places, own._versions = places, versions_of(own)
+        own._places, own._answers, own._versions = places, answers, versions_of(own)
         return own
 
     @property
     def like(self) -> Callable[[Sequence[Tensor]], KeptRows]:
         """Makes rows like these of other tensors."""
-        return partial(self._like, self._places)
+        return partial(self._like, self._places, self._answers)
 
     @property
     def output(self) -> Tensor:
@@ -86,11 +89,15 @@ class KeptRows(tuple[Tensor, ...]):
 
     def gram(self, params: Leaves, center: bool, dtype: torch.dtype) -> Tensor:
         """``J Jᵀ`` as a matrix; centred, it is first added up in float64."""
-        size, *shape = self.output.shape
-        every = LeafRows(self.parts, params, size, [(), tuple(shape), ()], self.output)
-        with contracting(params):
-            kernel = every.times(every, torch.float64 if center else dtype)
-            return as_matrix(kernel, center, dtype)
+
+        def made() -> Leaves:
+            size, *shape = self.output.shape
+            every = LeafRows(self.parts, params, size, [(), tuple(shape), ()], self.output)
+            with contracting(params):
+                kernel = every.times(every, torch.float64 if center else dtype)
+                return (as_matrix(kernel, center, dtype),)
+
+        return self._answers.made(("gram", center, dtype), made, (*self, *params))[0]
 
     def blocks(self, params: Leaves, samples: slice) -> list[Tensor]:
         """Rows of some samples, written out: ``[B, C, *param]`` of each parameter."""
@@ -106,9 +113,13 @@ class KeptRows(tuple[Tensor, ...]):
 
     def pulled(self, params: Leaves, cotangent: Tensor) -> Leaves:
         """``Jᵀ u`` of one u like the output."""
-        with contracting(params):
-            products = FactoredProducts(self.parts, params)
-            return products.pulled(cotangent.reshape(len(self.output), -1).T)
+
+        def made() -> Leaves:
+            with contracting(params):
+                products = FactoredProducts(self.parts, params)
+                return products.pulled(cotangent.reshape(len(self.output), -1).T)
+
+        return self._answers.made("pulled", made, (*self, *params, cotangent))
 
 
 def as_matrix(kernel: Tensor, center: bool, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ section 3.3 on structured derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -20,8 +20,13 @@ from jacfunc._factored import Part, place_of
 from jacfunc._types import Leaves
 from jacfunc.layers import Gather, Outer, Rows
 
+EVERY = slice(None)
+
 MOVED = 16
 """How many multiplications take as long as writing one number and reading it again."""
+
+Weights: TypeAlias = Callable[..., Tensor]
+"""Makes products ``[B₁, B₂]`` of all samples, or of a slice of those on both sides."""
 
 Positional: TypeAlias = Outer | Gather
 """Forms with positions, which the first route takes."""
@@ -77,15 +82,13 @@ class Pair:
         """Have both sides one position, in one group?"""
         return self.lefts.shape[2:4] == (1, 1) == self.rights.shape[2:4]
 
-    def add_products(self, total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """A number or a sum, with the products of inputs ``[B₁, B₂]`` at one position added."""
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Inputs of both sides at one position as matrices; None of tables, which have indices."""
         left, right = self.left, self.right
         if isinstance(left, Gather) or isinstance(right, Gather):
-            products = self.similarity(dtype)[0, :, 0, :, 0]
-            return products if total is None else products.add_(total)
+            return None
         first = left.inputs.to(dtype).flatten(1)
-        second = first if right is left else right.inputs.to(dtype).flatten(1)
-        return first @ second.mT if total is None else torch.addmm(total, first, second.mT)
+        return first, first if right is left else right.inputs.to(dtype).flatten(1)
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
@@ -149,16 +152,32 @@ class Weighted:
     pairs: list[Pair]
     ones: int = 0
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """The products of inputs ``[B₁, B₂]``, added up; those of a bias are 1."""
-        total: Tensor | None = None
-        if self.ones:  # made of no tensor, so that a written sweep computes it once for all calls
-            device = self.pairs[0].lefts.device
-            total = torch.full((), self.ones, dtype=dtype, device=device)
-        for pair in self.pairs:
-            total = pair.add_products(total, dtype)
-        assert total is not None
-        return total
+    @property
+    def width(self) -> int:
+        """How many numbers the inputs have of a sample."""
+        return sum(pair.left.width for pair in self.pairs if isinstance(pair.left, Outer))
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """Makes the products of inputs, added up; those of a bias are 1."""
+        every = [(pair, pair.inputs(dtype)) for pair in self.pairs]
+        # made of no tensor, so that a written sweep computes it once for all calls
+        device = self.pairs[0].lefts.device
+        ones = torch.full((), self.ones, dtype=dtype, device=device) if self.ones else None
+
+        def some(rows: slice | None = None, columns: slice | None = None) -> Tensor:
+            total = ones
+            for pair, inputs in every:
+                if inputs is None:
+                    products = pair.similarity(dtype)[0, rows or EVERY, 0, columns or EVERY, 0]
+                    total = products if total is None else products.add_(total)
+                    continue
+                first = inputs[0] if rows is None else inputs[0][rows]
+                second = inputs[1] if columns is None else inputs[1][columns]
+                total = first @ second.mT if total is None else total.addmm(first, second.mT)
+            assert total is not None
+            return total
+
+        return some
 
 
 class Routes(NamedTuple):

@@ -151,7 +151,8 @@ class CurrentState:
         tensors = [x for named in of_module for x in named.values()]
         tensors += filter(is_tensor, flatten(data)[0])
         originals = Originals(state.snapshot, tensors)
-        return _with(state, originals=originals, casting=casting, origin=state, loans=[]), data
+        then = {"originals": originals, "casting": casting, "hooked": state.hooks()}
+        return _with(state, **then, origin=state, loans=[]), data
 
 
 def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
@@ -203,6 +204,7 @@ def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:
             copied_versions=dict(zip(map(id, copies.values()), versions, strict=True)),
             is_copy=True,
             casting=casting,
+            hooked=state.hooks(),
             origin=state,
             loans=[],
         )

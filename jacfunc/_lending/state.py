@@ -64,6 +64,7 @@ class ModuleState:
     """What must not change, where later answers use the module's own tensors."""
     casting: Casting | None = None
     """Where autocast was on, where answers come later; None where they come at once."""
+    hooked: dict[str, list[Any]] | None = None  # what hooks() were, where answers come later
     origin: ModuleState | None = None
     """The state that it was made from: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
@@ -129,11 +130,9 @@ class ModuleState:
 
     def hooks(self) -> dict[str, list[Any]]:
         """Hooks on gradients that a user has set on chosen parameters, by name."""
-        hooks = dict[str, list[Any]]()
-        for name in self.point:
-            if own := self.params[name]._backward_hooks:
-                hooks[name] = list(own.values())
-        return hooks
+        if self.hooked is not None:
+            return self.hooked
+        return {n: [*h.values()] for n in self.point if (h := self.params[n]._backward_hooks)}
 
     def buffers_now(self) -> dict[str, Tensor]:
         """The buffers that the module has left, while it is lent for an evaluation."""

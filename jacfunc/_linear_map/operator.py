@@ -208,17 +208,17 @@ class JacobianOperator:
         """Take outputs and extras of an evaluation that was made elsewhere."""
         self._image, self._was_pushed = (outputs, extras), False if in_same_way else None
 
-    def rewind_generators(self) -> None:
+    def rewind_generators(self, first: RandomState | None = None) -> None:
         """Set the generators back to where they were before the first evaluation.
 
-        It is called before each of several evaluations, so that all draw the same numbers.
+        It is called before each of several evaluations, so that all draw the same numbers: those
+        from now on, or from another state as the ``first``.
         """
         if torch.compiler.is_compiling():
             return
-        if self._random_state is None:
-            self._random_state = RandomState(self.primals)
-        else:
+        if self._random_state is not None:
             self._random_state.repeat()
+        self._random_state = self._random_state or first or RandomState(self.primals)
 
     def refusing(self, what: str, run: Callable[[], ResultT]) -> ResultT:
         """The result of ``run``. An error that the function alone does not raise is a refusal.

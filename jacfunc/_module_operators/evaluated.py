@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -25,12 +27,15 @@ from jacfunc._modules import (
     argnums_of,
     as_tree,
 )
+from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
 from jacfunc.operators import Space
+
+_KIND = attrgetter("shape", "dtype", "device")
 
 
 @dataclass(eq=False)
@@ -111,13 +116,24 @@ class Evaluated:
         """Along the batch; None where samples are not taken apart."""
         return None if self.at_batch is None else self.at_batch.batching.randomness
 
-    @property
+    @kept_property
     def _is_by_params(self) -> bool:
         return self.call.argnums == argnums_of(self.call.api, "params")
 
     @kept_property
     def domain(self) -> Space:
         """Of vectors like the parameters, the inputs, or both."""
+        if not self._is_by_params or self.at_batch is None or self.at_batch.settled is None:
+            return self._domain_now()
+        kinds = tuple(map(_KIND, self.call.state.point.values()))
+        return _spaces().get_or_make(self.call.state.version, kinds, self._domain_now)
+
+    def codomain(self, output: Tensor) -> Space:
+        """Of vectors like the only output of a settled kind of call."""
+        make = partial(Space.of, output)
+        return _spaces().get_or_make(self.call.state.version, _KIND(output), make)
+
+    def _domain_now(self) -> Space:
         call = self.call
         every = as_tree(call.state, call.state.point), call.choice.split(call.arguments)
         argnums = call.argnums
@@ -132,10 +148,21 @@ class Evaluated:
             return None
         return SampleFactors(self.at_batch, self.domain) if self._randomness == "error" else None
 
-    def point(self) -> JacobianOperator:
-        """The call as a linear map, not evaluated yet."""
+    def point(self, drawing: RandomState | None = None) -> JacobianOperator:
+        """The call as a linear map, not evaluated yet; it draws as from now on, or from then."""
         point = JacobianOperator(self._func, self.flat.primals)
-        point.rewind_generators()
+        point.rewind_generators(drawing)
+        return point
+
+    def point_with(self, output: Tensor) -> Callable[[], JacobianOperator]:
+        """What makes the point, if more is asked for than an evaluation has shown."""
+        drawing = RandomState(tuple(self.call.state.point.values()))
+
+        def point() -> JacobianOperator:
+            point = self.point(drawing)
+            point.keep_image((output,), (), in_same_way=False)  # later evaluations must agree
+            return point
+
         return point
 
     @contextmanager
@@ -169,3 +196,9 @@ class Evaluated:
         if self._func.recorder.reads_values:
             check_alone(batch, outputs, "Use module_jacobian, or leave per_sample out.")
         batch.check_plain(self._func.recorder, outputs)
+
+
+@cache
+def _spaces() -> Remembered[Space]:
+    """The spaces of settled kinds of calls, by the kinds of parameters and of outputs."""
+    return Remembered()

@@ -41,13 +41,16 @@ class ModuleOperator(DetachedOperator):
     """
 
     def __init__(self, evaluated: Evaluated) -> None:
-        point = evaluated.point()
         kept = evaluated.samples.kept if evaluated.samples else None
-        if kept is not None:  # later evaluations must agree with this one
-            point.keep_image((kept.output,), (), in_same_way=False)
-        self.outputs: Tree = kept.output.clone() if kept else evaluated.checked().outputs(point)
-        api, spaces = evaluated.call.api, (evaluated.domain, Space.of(self.outputs))
-        super().__init__(api, *spaces, point, evaluated.around)
+        if kept is not None:
+            point_now, codomain = evaluated.point_with(kept.output), evaluated.codomain(kept.output)
+            self.outputs: Tree = kept.output.clone()
+        else:
+            point = evaluated.point()
+            self.outputs = evaluated.checked().outputs(point)
+            point_now, codomain = (lambda: point), Space.of(self.outputs)
+        spaces = evaluated.domain, codomain
+        super().__init__(evaluated.call.api, *spaces, point_now, evaluated.around)
         self.evaluated = evaluated
         self._uncompared: Leaves | None = None
         """The last cotangent that was pulled back from rows alone."""

@@ -85,7 +85,7 @@ class OverBatches(LinearOperator):
             evaluated = self._at(positional(batch))
             spaces = evaluated.domain, self._first
             yield (
-                DetachedOperator(self._api, *spaces, evaluated.point(), evaluated.around),
+                DetachedOperator(self._api, *spaces, evaluated.point, evaluated.around),
                 slice(start, start + size),
             )
             start += size

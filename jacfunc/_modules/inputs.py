@@ -31,6 +31,8 @@ def argnums_of(api: str, wrt: Any) -> Argnums:
     Raises:
         ValueError: if ``wrt`` is anything else.
     """
+    if isinstance(wrt, str) and wrt in POSITIONS:
+        return POSITIONS[wrt]
     names = wrt if isinstance(wrt, tuple | list) else (wrt,)
     every = [*POSITIONS]
     are_words = all(isinstance(name, str) for name in names)
@@ -39,8 +41,7 @@ def argnums_of(api: str, wrt: Any) -> Argnums:
             f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
             "Choose single parameters with select=, single inputs with inputs=."
         )
-    positions = tuple(POSITIONS[name] for name in names)
-    return positions[0] if isinstance(wrt, str) else positions
+    return tuple(POSITIONS[name] for name in names)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class FactoredProducts:
         products: dict[int, list[tuple[Part, Tensor]]] = {}
         for seeds, uses in self._groups.values():
             weights = cotangents.reshape(*cotangents.shape, *[1] * (seeds.dim() - 2))
-            through = (weights * seeds.to(product_dtype(seeds, weights))).sum(0)
+            every = weights * seeds.to(product_dtype(seeds, weights))
+            through = every[0] if len(every) == 1 else every.sum(0)
             for number, part in uses:
                 products.setdefault(number, []).append((part, _pulled(part, through)))
         return tuple(

@@ -20,6 +20,7 @@ from jacfunc._linear_map import (
     nonzero_numbers,
     one_by_one,
 )
+from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._torch import makes_plain_tensors
 from jacfunc._types import Leaves
@@ -38,7 +39,7 @@ class PointProducts:
 
     Args:
         api: the name of the public function, with which error messages begin.
-        point: the function at the point.
+        point: makes the function at the point, when a product is first taken from it.
         around: a context for each product, in which the function may be evaluated again.
         is_differentiated: may products be differentiated by the primals?
     """
@@ -53,16 +54,21 @@ class PointProducts:
     def __init__(
         self,
         api: str,
-        point: JacobianOperator,
+        point: Callable[[], JacobianOperator],
         around: Callable[[], AbstractContextManager[None]],
         is_differentiated: bool = False,
     ) -> None:
-        self.api, self._point, self._around = api, point, around
-        point.stay_with_first()
+        self.api, self._point_now, self._around = api, point, around
         self._was_pulled = False
         self._is_differentiated = is_differentiated
         self._pair: tuple[bool, Leaves, Leaves] | None = None
         self._is_transposed = False
+
+    @kept_property
+    def _point(self) -> JacobianOperator:
+        point = self._point_now()
+        point.stay_with_first()
+        return point
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u`` of K vectors, ``[K, *out]`` → ``[K, *in]``."""

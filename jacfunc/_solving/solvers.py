@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
@@ -17,6 +18,7 @@ from jacfunc._torch import (
     inside_transform,
     is_batched,
     is_tracked,
+    is_undisturbed,
     outside_transforms,
 )
 from jacfunc._types import Leaves, RowMap
@@ -95,8 +97,9 @@ class Cholesky(Solver):
     @staticmethod
     def _check(system: System, share: Tensor) -> None:
         """Refuse a least pivot that rounding may have made, as a share of the largest one."""
-        with outside_transforms(), torch.no_grad():  # a vmap may solve for many matrices
-            squared = float(below_transforms(share).square().min())
+        # a vmap may solve for many matrices
+        with nullcontext() if is_undisturbed() else outside_transforms():
+            squared = float(below_transforms(share).detach().min()) ** 2
         if not squared > system.noise:  # a nan fails every comparison
             raise ValueError(
                 f"{system.api}: the matrix plus damping must be positive definite beyond what "

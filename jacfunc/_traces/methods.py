@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ FEW_CHANNELS = 3
 """Onto images of so few channels torch's own convolution pulls back faster than oneDNN's, which
 fills channels up with zeros to as many as a vector unit takes: of one channel it takes four to nine
 times as long, and seventeen times the memory."""
+
+SOME_CHANNELS = 16
+"""So are convolutions with strides onto so many, unless many places of the kernel see a pixel:
+oneDNN takes up to twice as long."""
 
 _ATEN = torch.ops.aten
 _METHODS = {
@@ -72,7 +77,7 @@ def by_methods(graph: GraphModule) -> GraphModule:
             with methods.inserting_before(node):
                 node.args = left, methods.call_method("t", (right,))
             node.target = fast_linear
-        elif _is_onto_few_channels(node):
+        elif _is_onto_images(node):
             cotangents, images, kernel, _, stride, padding, *_, asked = node.args
             size = [*kernel.meta["val"].shape[2:]]
             node.args = cotangents, images, kernel, size, stride, padding, asked
@@ -136,20 +141,24 @@ def _is_outer(node: Node) -> bool:
     return factors is not None and factors[0].shape[1] == 1
 
 
-def _is_onto_few_channels(node: Node) -> bool:
-    """Is it a convolution's gradient in images of few channels, and in nothing else?"""
+def _is_onto_images(node: Node) -> bool:
+    """Is it a convolution's gradient in images alone, which torch itself computes faster?"""
     if node.target is not _ATEN.convolution_backward.default:
         return False
     args: Any = node.args
     values: Any = [x.meta.get("val") if isinstance(x, Node) else None for x in args[:3]]
-    *_, dilation, is_transposed, _, groups, asked = args
-    return (
+    *_, stride, _, dilation, is_transposed, _, groups, asked = args
+    is_plain = (
         [*asked] == [True, False, False]
         and (is_transposed, groups, {*dilation}) == (False, 1, {1})
         and all(isinstance(x, Tensor) and x.is_cpu and x.dim() == 4 for x in values)
         and all(x.dtype == torch.float32 for x in values)
-        and values[2].shape[1] <= FEW_CHANNELS
     )
+    if not is_plain:
+        return False
+    _, channels, *size = map(int, values[2].shape)
+    seen_by = prod(size) / prod(map(int, stride))  # so many places of the kernel, on average
+    return channels <= FEW_CHANNELS or (channels <= SOME_CHANNELS and seen_by <= 2.25)
 
 
 def _is_large_product(node: Node) -> bool:

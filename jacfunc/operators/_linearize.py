@@ -75,7 +75,7 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
     around = Revisits(api, func, call.primals, point.forget_graph, call.forget_outputs)
     is_differentiated = any(out.requires_grad for out in outputs)
-    operator = Linearized(api, domain, Space.of(value), point, around, is_differentiated)
+    operator = Linearized(api, domain, Space.of(value), lambda: point, around, is_differentiated)
     call.forget_outputs()
     return (value, operator, aux) if has_aux else (value, operator)
 
@@ -88,7 +88,7 @@ class Linearized(PointProducts, LinearOperator):
         api: str,
         domain: Space,
         codomain: Space,
-        point: JacobianOperator,
+        point: Callable[[], JacobianOperator],
         around: Callable[[], AbstractContextManager[None]],
         is_differentiated: bool = False,
     ) -> None:

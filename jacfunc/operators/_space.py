@@ -95,9 +95,10 @@ class Space:
 
     def cut(self, rows: Tensor) -> Leaves:
         """Leaves ``[K, *shape]`` of K vectors in rows, ``[K, size]``."""
-        parts = rows.split([leaf.numel() for leaf in self.leaves], 1)
-        pairs = zip(parts, self.leaves, strict=True)
-        return tuple(part.reshape(len(rows), *x.shape).to(x.dtype) for part, x in pairs)
+        leaves = self.leaves
+        parts = (rows,) if len(leaves) == 1 else rows.split([x.numel() for x in leaves], 1)
+        pairs = zip(parts, leaves, strict=True)
+        return tuple([part.reshape(len(rows), *x.shape).to(x.dtype) for part, x in pairs])
 
     def spread(self, leaves: Leaves, numbers: Sequence[int]) -> Leaves:
         """K vectors that have these leaves ``[K, *shape]``, and zeros in the place of others."""

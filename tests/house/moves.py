@@ -71,6 +71,7 @@ def problems() -> dict[str, Callable[[], Any]]:
     by_layers = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
     by_inputs = jacfunc.module_jacobian(model, "inputs", per_sample=True, strategy="reverse")
     ggn = jacfunc.ggn(model, nn.functional.mse_loss)
+    operator = jacfunc.module_operator(model, per_sample=True)
     norms = jacfunc.gradient_norms(model, nn.functional.mse_loss)
     vector = {name: torch.randn_like(param) for name, param in model.named_parameters()}
     return {
@@ -82,6 +83,7 @@ def problems() -> dict[str, Callable[[], Any]]:
         "ggn, diagonal": lambda: ggn(x, y).diagonal(),
         "gradient_norms": lambda: norms(x, y),
         "ggn, product": lambda: ggn(x, y) @ vector,
+        "lstsq": lambda: operator(x).lstsq(y, damping=0.1, center=True),
     }
 
 

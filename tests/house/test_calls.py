@@ -24,6 +24,7 @@ MOST = {
     "ggn, diagonal": (215, 637),
     "ggn, product": (220, 657),
     "gradient_norms": (132, 352),
+    "lstsq": (357, 920),
 }
 
 

@@ -353,8 +353,15 @@ def convolved(channels: int, dtype: torch.dtype = torch.float32, **how: Any) -> 
     return [x.to(dtype) for x in (images, kernel, u)]
 
 
-@pytest.mark.parametrize("how", [{}, {"stride": (2, 1), "padding": (1, 2)}], ids=str)
-@pytest.mark.parametrize("channels", [1, 3])
+FEW_CHANNELS = [
+    *((channels, {}) for channels in (1, 3)),
+    *((channels, {"stride": (2, 1), "padding": (1, 2)}) for channels in (1, 3)),
+    # of more channels, where few places of the kernel see a pixel
+    *((channels, {"stride": 2, "padding": 1}) for channels in (4, 16)),
+]
+
+
+@pytest.mark.parametrize(("channels", "how"), FEW_CHANNELS, ids=str)
 def test_onto_few_channels_a_convolution_is_pulled_back_by_torchs_own(
     channels: int, how: dict[str, Any]
 ) -> None:
@@ -369,7 +376,11 @@ def test_onto_few_channels_a_convolution_is_pulled_back_by_torchs_own(
 
 @pytest.mark.parametrize(
     ("channels", "dtype", "how"),
-    [(4, torch.float32, {}), (1, torch.float64, {}), (1, torch.float32, {"dilation": 2})],
+    [
+        *((4, torch.float32, {}), (4, torch.float32, {"stride": (2, 1)})),
+        *((1, torch.float64, {}), (1, torch.float32, {"dilation": 2})),
+        (17, torch.float32, {"stride": 2}),
+    ],
 )
 def test_other_convolutions_are_pulled_back_as_they_were(
     channels: int, dtype: torch.dtype, how: dict[str, Any]
