@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -77,7 +77,8 @@ class FactoredJacobian:
         signature: equal for evaluations that called the same operations.
         moves_samples: were numbers moved to where other numbers say?
         moves_unseen: are these other numbers not all in the signature?
-        reads_values: did Python read numbers, so that they may tell which operations run?
+        reads_values: did Python read numbers, which may tell another thing of each sample alone?
+        apart: numbers of samples of which it would have read something else of each alone.
     """
 
     size: int
@@ -91,6 +92,7 @@ class FactoredJacobian:
     moves_samples: bool = False
     moves_unseen: bool = False
     reads_values: bool = False
+    apart: Collection[int] = ()
     outputs: Leaves = field(init=False)
     """The outputs of all samples, ``[B, *out]``."""
     extras: Leaves = field(init=False)

@@ -97,6 +97,8 @@ def _recorded(
                 params.track(number, primals[number], twin)
             grad_mode, known = handles.grad_mode, learned.uses
             recorder = UseRecorder(placing, params, handles.starts, grad_mode, known)
+            if placing.can_share and not learned.mixes:
+                recorder.samples = placing.size
         recorders[:] = [recorder]
         with recorder:
             image = evaluate()
@@ -144,6 +146,7 @@ def _evaluated(
         moves_samples=recorder.moves_samples,
         moves_unseen=recorder.moves_unseen,
         reads_values=recorder.reads_values,
+        apart=recorder.apart,
     )
     return jacobian, met - {primal.number for primal in direct}
 

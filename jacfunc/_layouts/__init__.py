@@ -7,16 +7,15 @@ zero for some of the samples.
 
 from jacfunc._layouts.evidence import ROUNDING, Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
-from jacfunc._layouts.mixing import Mixing, copy_written, may_mix, mixes_unseen
+from jacfunc._layouts.mixing import Mixing
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     FEWEST_PULLED,
     Args,
     OperationRecorder,
-    WhatWasSeen,
-    are_among,
     begins,
     ends,
 )
-from jacfunc._layouts.telling import tensors_in
-from jacfunc._layouts.traces import Trace
+from jacfunc._layouts.stepwise import copy_written, may_mix, mixes_unseen
+from jacfunc._layouts.telling import are_among, tensors_in
+from jacfunc._layouts.traces import Trace, WhatWasSeen

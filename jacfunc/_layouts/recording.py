@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from numbers import Number
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from jacfunc._layouts.questions import ASKING, Questions
 from jacfunc._layouts.telling import (
+    APART,
     BARE,
     CHOOSING,
     LEAVING,
@@ -18,8 +19,11 @@ from jacfunc._layouts.telling import (
     MOVING_BY_ITSELF,
     READING,
     TELLING,
+    VALUES,
     ConstantIntegers,
+    are_among,
     is_chosen_by_tensor,
+    note_values,
     tensors_in,
 )
 from jacfunc._layouts.traces import Listener, OperationCall
@@ -28,30 +32,10 @@ from jacfunc._torch import PULLED, all_modes, untracked
 Args: TypeAlias = tuple[Any, ...]
 Ids: TypeAlias = Container[int]
 
-_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
 _ROWS = frozenset({tuple, list, torch.Size})
-
-_APART: dict[Any, str] = {-2: "minus two"}
-"""Python gives -1 and -2 the same hash: in signatures, which are hashes, a word stands for -2."""
 
 FEWEST_PULLED = 2**11
 """From so many numbers on it pays to look for an operation whose pullback is faster."""
-
-
-class WhatWasSeen(Protocol):
-    """What was seen of the operations of an evaluation, as :class:`OperationRecorder` sees it."""
-
-    @property
-    def signature(self) -> int: ...
-
-    @property
-    def moves_samples(self) -> bool: ...
-
-    @property
-    def moves_unseen(self) -> bool: ...
-
-    @property
-    def reads_values(self) -> bool: ...
 
 
 class OperationRecorder(TorchFunctionMode):
@@ -70,11 +54,16 @@ class OperationRecorder(TorchFunctionMode):
     moves_unseen = False
     """Are these other numbers not all in the signature?"""
     reads_values = False
-    """Did Python read numbers?"""
+    """Did Python read numbers, of which nothing tells what each sample alone would have shown?"""
+    samples = 0
+    """How many there are, if reads are to be told that each of them alone would answer alike."""
     pulls_many = True
     """Are many cotangents pulled back at once? For one, torch's own products are faster."""
     _buffers: Sequence[tuple[Tensor, int]] = ()
     _constants: ConstantIntegers | None = None
+    _questions: Questions | None = None
+    _is_bare = False
+    """May numbers be written into unseen?"""
     _is_over = False
 
     def __init__(
@@ -85,6 +74,8 @@ class OperationRecorder(TorchFunctionMode):
         """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
+        self.apart = set[int]()
+        """Numbers of the samples of which Python would have read something else of each alone."""
 
     @property
     def signature(self) -> int:
@@ -109,7 +100,7 @@ class OperationRecorder(TorchFunctionMode):
             buffers: those of the module, before it was lent others.
         """
         self.operations.clear()
-        self._constants, self._buffers = None, ()
+        self._constants, self._buffers, self._questions = None, (), None
         with untracked():
             if not all(x.is_floating_point() for x in buffers):
                 every = [x for x in module.buffers() if not x.is_floating_point()]
@@ -137,17 +128,17 @@ class OperationRecorder(TorchFunctionMode):
         operations += (func,)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
-            if kind in _PLAIN:
-                operations += (_APART[value],) if value in _APART else (value,)
+            if kind in VALUES:
+                operations += (APART[value],) if value in APART else (value,)
                 continue
-            if kind in _ROWS and _PLAIN.issuperset(map(type, value)):  # as strides are
+            if kind in _ROWS and VALUES.issuperset(map(type, value)):  # as strides are
                 operations.append(len(value))
-                operations.extend(map(_APART.get, value, value))
+                operations.extend(map(APART.get, value, value))
                 continue
             if tracked and id(value) in tracked:
                 is_tracked = True
             elif kind is not Tensor:
-                _note_values(value, operations)
+                note_values(value, operations)
                 is_tracked = is_tracked or are_among((value,), tracked)
             if kind is Tensor:
                 tensors += (value,)
@@ -164,10 +155,16 @@ class OperationRecorder(TorchFunctionMode):
             result = (PULLED[func] if is_large and self.pulls_many else func)(*args, **kwargs)
         kind = type(result)
         if not result.dtype.is_floating_point if kind is Tensor else kind in (tuple, list):
-            self._known_integers.note(args, kwargs, result)
+            self._note_integers(OperationCall(number, func, args, kwargs, result))
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
+
+    def _note_integers(self, operation: OperationCall) -> None:
+        """Note what is made of constants alone, and what may answer a question to all samples."""
+        self._known_integers.note(*operation[2:])
+        if operation.func in ASKING:
+            self._asked.note(*operation)
 
     @property
     def _known_integers(self) -> ConstantIntegers:
@@ -176,49 +173,50 @@ class OperationRecorder(TorchFunctionMode):
             self._constants = ConstantIntegers(self._buffers)
         return self._constants
 
+    @property
+    def _asked(self) -> Questions:
+        """Made where the first one may be asked; empty where numbers may be written into unseen."""
+        if self._questions is None or self._is_bare:
+            self._questions = Questions()
+        return self._questions
+
     def _note_telling(
         self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> None:
         """Note what numbers tell: what Python does next, or where an operation moves others."""
-        self.reads_values |= func in READING
+        if func in READING:
+            self._note_reading(func, args)
         self.reads_values |= func in LEAVING and torch.is_grad_enabled()
         if func in BARE:
             self._known_integers.forget()
+            self._is_bare = True
         chooses = func in CHOOSING and is_chosen_by_tensor(args)
         if chooses or func in MOVING:
             others = args[1:2] if chooses else (*args[1:], *kwargs.values())
             is_told = func not in MOVING_BY_ITSELF
             numbers = self._known_integers.numbers_in(others) if is_told else None
+            if numbers is None and chooses and self.samples:
+                numbers = self._known_integers.chosen_in_each(func, args, self.samples)
             self.operations.append(numbers)
             self.moves_samples = True
             self.moves_unseen |= numbers is None
 
-
-def are_among(values: Iterable[Any], tracked: Ids, without: Ids = ()) -> bool:
-    """Is a tracked tensor among values, or in lists of them? Those ``without`` do not count."""
-    for value in values:
-        if id(value) in tracked and id(value) not in without:
-            return True
-        is_list = type(value) is not Tensor and isinstance(value, tuple | list)
-        if is_list and are_among(value, tracked, without):
-            return True
-    return False
-
-
-def _note_values(value: Any, operations: list[Any]) -> None:
-    """Note the plain values that an argument holds, at any depth, and in which containers."""
-    kind = type(value)
-    if kind in _PLAIN:
-        operations.append(_APART.get(value, value))
-    elif isinstance(value, tuple | list):
-        operations.append(len(value))
-        for item in value:
-            _note_values(item, operations)
-    elif kind is slice:
-        operations.append("slice")
-        _note_values((value.start, value.stop, value.step), operations)
-    elif isinstance(value, Number):  # NumPy has some of its own
-        operations.append(_APART.get(value, value))
+    def _note_reading(self, func: Callable[..., Any], args: Args) -> None:
+        """Note what Python reads: whether each sample alone would have shown the same."""
+        numbers = None
+        if not any(map(Tensor.is_floating_point, tensors_in(args))):
+            numbers = self._known_integers.numbers_in(args)
+        if numbers is not None:  # no sample has said them
+            self.operations.append(numbers)
+            return
+        with untracked():
+            question = None if self._is_bare else self._asked.read(func, args)
+            apart = question.apart(self.samples) if question and self.samples else None
+            if question is not None:
+                answer = None if apart is None else bool(question.answer)
+                self.operations += (question.number, answer)
+        self.reads_values |= apart is None
+        self.apart.update(apart or ())
 
 
 def begins(module: nn.Module, buffers: Iterable[Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -21,17 +22,17 @@ _BY_ITSELF = (
 )
 
 
-def _functions(names: Iterable[str]) -> frozenset[Callable[..., Any]]:
+def functions_named(names: Iterable[str]) -> frozenset[Callable[..., Any]]:
     """Functions of torch and methods of tensors with these names."""
     return frozenset(
         getattr(o, name) for name in names for o in (torch, Tensor) if hasattr(o, name)
     )
 
 
-MOVING_BY_ITSELF = _functions(_BY_ITSELF)
+MOVING_BY_ITSELF = functions_named(_BY_ITSELF)
 """Operations that move the numbers of a tensor to where these numbers themselves say."""
 
-MOVING = MOVING_BY_ITSELF | _functions(_BY_INDEX)
+MOVING = MOVING_BY_ITSELF | functions_named(_BY_INDEX)
 """Operations that move numbers to where other numbers say, maybe to other samples."""
 
 MOST_TOLD = 2**14
@@ -42,7 +43,7 @@ _READ_BY = (
     *("__format__", "__repr__", "item", "tolist"),
     *("equal", "allclose", "is_nonzero"),
 )
-READING = _functions(_READ_BY)
+READING = functions_named(_READ_BY)
 """Reads of numbers by Python, which may choose by them what to do."""
 
 _LEFT_BY = "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr"
@@ -59,6 +60,12 @@ BARE = LEAVING | {_DATA.__get__, _DATA.__set__, Tensor.set_}
 """Ways to write into memory that do not raise the version of a tensor."""
 
 TELLING = MOVING | READING | BARE | CHOOSING
+
+VALUES = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
+"""Kinds of plain values, which are noted as they are."""
+
+APART: dict[Any, str] = {-2: "minus two"}
+"""Python gives -1 and -2 the same hash: in signatures, which are hashes, a word stands for -2."""
 
 _PLAIN = bool, int, float, str, type(None), type(...)
 _SETTINGS = torch.dtype, torch.device, torch.layout, torch.memory_format
@@ -101,6 +108,20 @@ class ConstantIntegers:
             except (RuntimeError, TypeError):  # in a transform, on a GPU, or without NumPy
                 return None
 
+    def chosen_in_each(
+        self, func: Callable[..., Any], args: tuple[Any, ...], size: int
+    ) -> int | None:
+        """Equal for choices of entries in each of so many samples; None of any other choice.
+
+        Constants say that each is chosen from, in order. Which of its entries are chosen, other
+        numbers say, which each sample has for itself.
+        """
+        if func is not Tensor.__getitem__ or not chooses_in_each(args, size):
+            return None
+        first = args[1][:1]
+        with untracked():
+            return self.numbers_in(first) if are_positions(first[0], size) else None
+
     def _add(self, tensors: Iterable[Tensor]) -> None:
         assert self._known is not None
         self._known |= {id(x): (x, x._version) for x in tensors if not x.is_inference()}
@@ -126,6 +147,33 @@ class ConstantIntegers:
         return True
 
 
+def note_values(value: Any, operations: list[Any]) -> None:
+    """Note the plain values that an argument holds, at any depth, and in which containers."""
+    kind = type(value)
+    if kind in VALUES:
+        operations.append(APART.get(value, value))
+    elif isinstance(value, tuple | list):
+        operations.append(len(value))
+        for item in value:
+            note_values(item, operations)
+    elif kind is slice:
+        operations.append("slice")
+        note_values((value.start, value.stop, value.step), operations)
+    elif isinstance(value, Number):  # NumPy has some of its own
+        operations.append(APART.get(value, value))
+
+
+def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:
+    """Is a tracked tensor among values, or in lists of them? Those ``without`` do not count."""
+    for value in values:
+        if id(value) in tracked and id(value) not in without:
+            return True
+        is_list = type(value) is not Tensor and isinstance(value, tuple | list)
+        if is_list and are_among(value, tracked, without):
+            return True
+    return False
+
+
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, and in lists and tuples of them."""
     for value in values:
@@ -133,6 +181,29 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif type(value) in (tuple, list):
             yield from tensors_in(value)
+
+
+def chooses_in_each(args: tuple[Any, ...], size: int) -> bool:
+    """Are entries of a tensor chosen by numbers of so many samples, and what each has of others?"""
+    tensor, items = args
+    if type(items) is not tuple or len(items) < 2 or tensor.shape[:1] != (size,):
+        return False
+    if not all(type(x) is Tensor and x.dtype in (torch.int32, torch.int64) for x in items):
+        return False
+    first, *others = items
+    if first.shape != (size, *(1,) * (first.dim() - 1)):
+        return False
+    dims = first.dim()
+    return all(x.dim() < dims or (x.dim() == dims and x.shape[0] in (1, size)) for x in others)
+
+
+def are_positions(tensor: Tensor, size: int) -> bool:
+    """Are these the numbers of so many samples, from zero on, in the first dimension?"""
+    if tensor.dtype not in (torch.int32, torch.int64) or not tensor.dim():
+        return False
+    if tensor.shape != (size, *(1,) * (tensor.dim() - 1)):
+        return False
+    return torch.equal(tensor.flatten(), torch.arange(size, device=tensor.device).to(tensor.dtype))
 
 
 def is_chosen_by_tensor(args: tuple[Any, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +33,25 @@ class Listener(Protocol):
     def hear(self, operation: OperationCall) -> None:
         """Take in an operation that has ended."""
         ...
+
+
+class WhatWasSeen(Protocol):
+    """What was seen of the operations of an evaluation, as a recorder sees it."""
+
+    @property
+    def signature(self) -> int: ...
+
+    @property
+    def moves_samples(self) -> bool: ...
+
+    @property
+    def moves_unseen(self) -> bool: ...
+
+    @property
+    def reads_values(self) -> bool: ...
+
+    @property
+    def apart(self) -> Collection[int]: ...
 
 
 @dataclass

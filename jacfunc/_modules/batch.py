@@ -183,7 +183,7 @@ class SampledJacobian:
         return self._looped(strategy)
 
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
-        call = self.batch.first_call()
+        call = self.batch.call_of_sample(0)
         operator = JacobianOperator(call, call.primals)
         has_layers = is_outermost() and not self.batch.differentiates_inputs_alone
         copies, draws = self.sink.copies, self.batch.samples.randomness != "error"

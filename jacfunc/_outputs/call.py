@@ -123,7 +123,7 @@ class ChosenOutputs:
 
 def _ranks(batch: SampledCall) -> list[int]:
     """How many dimensions the outputs of one sample have."""
-    call = batch.first_call()
+    call = batch.call_of_sample(0)
     with torch.no_grad():
         call(*map(Tensor.clone, call.primals))
     return list(map(len, call.output_shapes))

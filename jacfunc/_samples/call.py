@@ -15,16 +15,13 @@ from jacfunc._linear_map import Samples, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._samples.one import EachSample, OneSample, check_each_alone
+from jacfunc._samples.one import ALONE_ROUNDING, EachSample, OneSample, check_each_alone
 from jacfunc._samples.whole import Evaluated, WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
 Way: TypeAlias = Callable[[int, int, RandomState], Evaluated]
 """Evaluates the samples from start to stop, which draw from this state of the generators."""
-
-ALONE_ROUNDING = 2 / 3
-"""A sample alone differs from the sample in a batch by less than this power of the precision."""
 
 Guard: TypeAlias = Callable[[int, bool], bool]
 """Refuses an evaluated batch whose samples depend on each other. It is called with the signature of
@@ -77,7 +74,7 @@ class SampledCall:
             Refused: if the samples do not even run one by one.
         """
         if start == stop:  # a sample of zeros shows the shapes of what there would be
-            call = self.first_call()
+            call = self.call_of_sample(0)
             return FactoredJacobian(0, (), (), call.primals, EachSample.none(call)), call
         if not is_outermost():
             return self._in_words(self._vmapped, start, stop, self.random_state())
@@ -148,8 +145,8 @@ class SampledCall:
         samples = self.samples if is_every else replace(self.samples, leaves=leaves)
         batch = WholeBatches(self.whole, samples, self.learned_as_a_whole, random_state, may_draw)
         jacobian, call = batch.factored()
-        if jacobian.reads_values:
-            self.check_alone(jacobian.outputs, start)
+        if alone := range(jacobian.size) if jacobian.reads_values else sorted(jacobian.apart):
+            self.check_alone(jacobian.outputs, start, numbers=alone)
         self._call_guard(jacobian, () if random_state.has_changed() else jacobian.outputs, start)
         return jacobian, call
 
@@ -171,15 +168,22 @@ class SampledCall:
                 self.check_alone(outputs, start, ROUNDING)
             learned.learn_moves(seen)
 
-    def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
+    def check_alone(
+        self,
+        outputs: Leaves,
+        start: int = 0,
+        power: float = ALONE_ROUNDING,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         """Raise Refused unless each sample alone, whose numbers may choose, has these outputs."""
-        state = self.random_state()
-        check_each_alone(self.call_of, self.samples, state, outputs, start, power)
+        rows = range(len(outputs[0])) if numbers is None else numbers
+        calls = {row: partial(self.call_of_sample, start + row) for row in rows}
+        check_each_alone(calls, self.random_state(), outputs, power)
 
     def _vmapped(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         one, every = OneSample(self.api, self.call_of), self.samples
         samples = replace(every, leaves=narrowed(every.leaves, every.dims, start, stop))
-        call = self.first_call()
+        call = self.call_of_sample(0)
         primals: Leaves = call.primals
         own: Mapping[int, int] = {}
         if self.whole is not None:
@@ -198,19 +202,14 @@ class SampledCall:
         return jacobian, call
 
     def _one_by_one(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
-        direct = [Direct(number) for number in range(len(self.first_call().primals))]
+        direct = [Direct(number) for number in range(len(self.call_of_sample(0).primals))]
         each, call = self._each(start, stop, random_state, range(len(direct)))
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
 
     def _each(
         self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]
     ) -> tuple[EachSample, FlatCall]:
-        leaves, dims = self.samples.leaves, self.samples.dims
-
-        def make(number: int) -> FlatCall:
-            return self.call_of(one_sample(leaves, dims, number))
-
-        calls = [partial(make, number) for number in range(start, stop)]
+        calls = [partial(self.call_of_sample, number) for number in range(start, stop)]
         return EachSample.of(calls, numbers, random_state, self.samples.randomness)
 
     @cached_property
@@ -224,9 +223,9 @@ class SampledCall:
             return True
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
-    def first_call(self) -> FlatCall:
-        """The call of the first sample; of zeros, if there is none."""
-        return self.call_of(one_sample(self.samples.leaves, self.samples.dims, 0))
+    def call_of_sample(self, number: int) -> FlatCall:
+        """The call of one sample; of zeros, if there is none."""
+        return self.call_of(one_sample(self.samples.leaves, self.samples.dims, number))
 
     def random_state(self) -> RandomState:
         """The state of the generators now."""

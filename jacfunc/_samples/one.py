@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ from jacfunc._linear_map import (
 from jacfunc._torch import RandomState, sweep_batch, untracked
 from jacfunc._types import Leaves
 from jacfunc.strategies import Evaluation, Strategy, evaluate
+
+ALONE_ROUNDING = 2 / 3
+"""A sample alone differs from the sample in a batch by less than this power of the precision."""
 
 SAME_EACH_TIME = (
     "each evaluation must give the same",
@@ -232,18 +235,15 @@ class FirstSamples:
 
 
 def check_each_alone(
-    call_of: Callable[[Leaves], FlatCall],
-    samples: Samples,
+    calls: Mapping[int, Callable[[], FlatCall]],
     random_state: RandomState,
     outputs: Leaves,
-    start: int,
     power: float,
 ) -> None:
-    """Raise Refused unless outputs of samples, from ``start`` on, are those of each alone."""
-    for number in range(len(outputs[0])):
+    """Raise Refused unless rows of outputs are those of calls of samples alone."""
+    for row, make in calls.items():
         random_state.repeat()
-        call = call_of(one_sample(samples.leaves, samples.dims, start + number))
+        call = make()
         with torch.no_grad():
             alone, _ = call(*map(Tensor.clone, call.primals))
-        rows = tuple([out[number] for out in outputs])
-        check_agreement(tuple(map(Tensor.detach, rows)), alone, power=power)
+        check_agreement(tuple([out[row].detach() for out in outputs]), alone, power=power)

@@ -16,10 +16,10 @@ from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import NestedWatch
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._rounding import are_near
-from jacfunc._samples import ALONE_ROUNDING, SampledCall
+from jacfunc._samples import SampledCall
+from jacfunc._settled.alone import are_alone
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
@@ -181,13 +181,14 @@ class SettledBatch:
             if out is None:
                 return None
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
-            as_evaluated = state.as_evaluated() if self.names or own.recorder.reads_values else None
-            jacobian, self.graph = own.jacobian(out, as_evaluated), own.recorder.graph
-        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
+            recorder = own.recorder
+            is_read = recorder.reads_values or recorder.apart
+            as_evaluated = state.as_evaluated() if self.names or is_read else None
+            jacobian, self.graph = own.jacobian(out, as_evaluated), recorder.graph
+        if jacobian is None or not (self.is_alone or self.learned.knows(jacobian, compared)):
             return None
-        if jacobian.reads_values and not self.are_alone(state, given, out):
-            return None
-        return jacobian
+        is_told = self.is_alone or not is_read or are_alone(self, state, given, out, recorder)
+        return jacobian if is_told else None
 
     @property
     def is_plain(self) -> bool:
@@ -210,6 +211,7 @@ class SettledBatch:
         own.is_batchable = self.is_batchable
         # of many samples the graph must be that after which batches were compared
         own.recorder.pulls_many = self.is_batchable or not self.is_alone
+        own.recorder.samples = 0 if self.is_alone or self.learned.mixes else self.size
         return own
 
     def run(
@@ -235,16 +237,3 @@ class SettledBatch:
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
             return None
         return out if out.requires_grad else None
-
-    def are_alone(self, state: ModuleState, given: Given, out: Tensor) -> bool:
-        """Are outputs those of each sample alone, whose numbers may lead another way?"""
-        rows, chosen = list[Tensor](), dict(zip(self.names, self.params(state), strict=True))
-        for number in range(self.size):
-            own = tuple([x[number : number + 1].clone() for x in given.tensors])
-            with state.lent_for_evaluation({n: p.detach().clone() for n, p in chosen.items()}):
-                output = run_as_written(given.called(state.module), *own)
-            if (row := self.returned.tensor_in(output)) is None or row.shape[1:] != out.shape[1:]:
-                return False
-            rows.append(row)
-        is_like = ((alone := torch.cat(rows)).shape, alone.dtype) == self.output
-        return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)

@@ -25,7 +25,7 @@ from jacfunc._factored import (
     use_recorder,
 )
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder, WhatWasSeen
+from jacfunc._layouts import Args, OperationRecorder
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -189,20 +189,8 @@ class RepeatedEvaluation:
             moves_samples=recorder.moves_samples,
             moves_unseen=recorder.moves_unseen,
             reads_values=recorder.reads_values,
+            apart=recorder.apart,
         )
-
-
-def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
-    """Does what was learned of many samples hold for an evaluation with these operations?
-
-    Args:
-        compared: signatures of evaluations after which batches were compared.
-    """
-    is_new = seen.moves_samples and learned.moves_anew(seen)  # asked of few: most move none
-    if is_new or learned.moves_samples or learned.others:
-        return False
-    signature, is_told = seen.signature, seen.reads_values or not learned.mixes
-    return is_told and signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -15,8 +15,9 @@ from jacfunc._factored import HOOKING, FactoredJacobian, LearnedUses, UseRecorde
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import agree
+from jacfunc._settled.alone import SettledModule, are_alone
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import (
     MOST_BYTES,
@@ -128,10 +129,9 @@ class Sweep:
         return (*sources.saved, *chain.from_iterable(arguments), *others)
 
 
-class Evaluator(Protocol):
+class Evaluator(SettledModule, Protocol):
     """A module at a batch of a settled kind, which is evaluated again."""
 
-    names: Sequence[str]
     is_alone: bool
     learned: LearnedUses
     graph: int
@@ -154,9 +154,6 @@ class Evaluator(Protocol):
         recorder: AbstractContextManager[object],
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
-
-    def are_alone(self, state: ModuleState, given: Given, out: Tensor) -> bool:
-        """Are outputs those of each sample alone?"""
 
 
 @dataclass(eq=False)
@@ -188,7 +185,7 @@ class KnownWork:
         if evaluated is not None:
             own, sources, out = evaluated
             is_like = self.sweep.holds_for(evaluated)
-            if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
+            if is_like and (settled.is_alone or settled.learned.knows(own.recorder, compared)):
                 others = beside((out.detach(),)) if beside else ()
                 result = self.sweep.replayed(sources, out, others)
         self.misses = 0 if result is not None else self.misses + 1
@@ -236,5 +233,7 @@ def evaluated_with_sources(
     own.check_unwritten()
     if out is None:
         return None
-    is_told = settled.is_alone or not own.recorder.reads_values
-    return (own, sources, out) if is_told or settled.are_alone(state, given, out) else None
+    is_read = own.recorder.reads_values or own.recorder.apart
+    is_told = settled.is_alone or not is_read
+    is_told = is_told or are_alone(settled, state, given, out, own.recorder)
+    return (own, sources, out) if is_told else None

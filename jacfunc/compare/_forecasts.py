@@ -104,8 +104,8 @@ def _costs_of_sample(problem: Problem) -> tuple[Costs | None, Beyond]:
     """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it."""
     call = problem.call()
     with call.undisturbed():
-        one = call.batch(problem.batching).first_call if problem.is_sampled else call.flat_call
-        flat = one()
+        one_sample = problem.is_sampled and call.batch(problem.batching).call_of_sample(0)
+        flat = one_sample or call.flat_call()
         operator = JacobianOperator(flat, flat.primals)
         costs = counted_costs(operator)
         if costs is None:
