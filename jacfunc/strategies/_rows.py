@@ -1,28 +1,31 @@
-"""All rows of a function of one tensor, of which nothing is left to learn but the numbers."""
+"""All rows or columns of a function of one tensor, of which only the numbers are left to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import owned, rows_to_blocks, unit_seeds
+from jacfunc._assembly import columns_to_blocks, owned, rows_to_blocks, unit_seeds
 from jacfunc._faults import suspects
 from jacfunc._linear_map import (
     EVERY,
     Anchor,
     Graph,
     Linearization,
+    check_numbers,
     map_of_graph,
     one_by_one,
+    pushed_tensor,
     writable_copy,
 )
 from jacfunc._lock import alone
 from jacfunc._torch import MathAttention, recording, run_as_written
-from jacfunc._traces import FEWEST_CALLS, MOST_MISSES
-from jacfunc.strategies._written import WrittenRows, written_rows
+from jacfunc._traces import FEWEST_CALLS
+from jacfunc.strategies._strategy import Sweeps
+from jacfunc.strategies._written import Evaluate, WrittenBlock, written_block
 
 
 class AtPoint(NamedTuple):
@@ -40,11 +43,15 @@ class AtPoint(NamedTuple):
     target: Anchor
     starts: dict[Any, int]
 
-    def block(self, is_looped: bool) -> Tensor:
-        """The block of the output, from a sweep of its graph."""
+    def block(self, sweeps: Sweeps) -> Tensor:
+        """The block of the output, from sweeps of its graph: columns by the pullback of that."""
         graph = Graph.back_to({*self.starts}, (self.out,))
         linear = map_of_graph((self.out,), (), (self.target,), graph, differentiated=False)
-        return _only_block(linear, self.anchor, is_looped)
+        if not sweeps.are_pushes:
+            return _only_block(linear, self.anchor, not sweeps.is_vmapped)
+        transpose: Any = linear.transpose  # unchecked: the block is compared with that of a call
+        columns = transpose(False).pull_batch(unit_seeds((self.anchor,), 0, self.anchor.numel()))
+        return columns_to_blocks(owned(columns), (self.out,), (self.anchor,))[0][0]
 
 
 class SettledRows:
@@ -59,7 +66,7 @@ class SettledRows:
         shape: of the output.
         is_alone: must the function run alone, for a module?
         is_looped: are rows swept one by one?
-        is_free: may they be swept at once as well, where that is faster?
+        ways: how they may be swept once they are written down.
     """
 
     def __init__(
@@ -69,13 +76,13 @@ class SettledRows:
         shape: torch.Size,
         is_alone: bool,
         is_looped: bool,
-        is_free: bool,
+        ways: Iterable[Sweeps],
     ) -> None:
         self._func, self._is_second, self._shape = func, order == 2, shape
-        self._is_alone, self._is_looped, self._is_free = is_alone, is_looped, is_free
+        self._is_alone, self._is_looped, self._ways = is_alone, is_looped, ways
         self._harmless = set[tuple[frozenset[Any], bool]]()
         self._calls = 0
-        self._written: WrittenRows | None = None
+        self._written: WrittenBlock | None = None
 
     def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where the output, or the graph, is of another kind.
@@ -84,12 +91,9 @@ class SettledRows:
             RuntimeError: if the function does.
         """
         written = self._written
-        if written is not None:
-            if (known := written.replayed(x)) is not None:
-                return known
-            if written.misses >= MOST_MISSES:
-                self._written = None
-        at = self._evaluated(x)
+        if written is not None and (known := written.replayed(x)) is not None:
+            return known
+        at = self.evaluated(x)
         try:
             block = self._swept(at, x)
         except Exception:  # a backward pass of the user's may raise anything
@@ -98,11 +102,10 @@ class SettledRows:
             return None
         self._calls += 1
         if self._calls == FEWEST_CALLS and not self._is_second:
-            ways = (False, True) if self._is_free else (self._is_looped,)
-            self._written = written_rows(self._evaluated, x, block, ways)
+            self._written = written_block(lambda: self.evaluated, x, block, self._ways)
         return at.out, block
 
-    def _evaluated(self, x: Tensor) -> AtPoint:
+    def evaluated(self, x: Tensor) -> AtPoint:
         """The function at a copy of a point, while autograd records."""
         with recording(), MathAttention():
             anchor = x.detach().requires_grad_()
@@ -143,6 +146,59 @@ class SettledRows:
             return False
         self._harmless.add(kinds)
         return True
+
+
+class SettledColumns:
+    """The columns of calls of one kind, all at once: pushed, until they are written down.
+
+    What is written down is evaluated as for rows, once, without tangents: rows or columns are made
+    of what autograd has saved. Where that does not hold, tangents are pushed anew.
+
+    Args:
+        func: the function, which needs no watch where tangents are pushed.
+        shape: of the output.
+        randomness: of the columns.
+        begun: returns what evaluates the function at a point, for a graph that is swept.
+        ways: how the graph may be swept; none if nothing may be written down.
+    """
+
+    def __init__(
+        self,
+        func: Callable[[Tensor], Any],
+        shape: torch.Size,
+        randomness: str,
+        begun: Callable[[Tensor], Evaluate],
+        ways: Iterable[Sweeps],
+    ) -> None:
+        self._func, self._shape, self._randomness = func, shape, randomness
+        self._begun, self._ways = begun, ways
+        self._calls = 0
+        self._written: WrittenBlock | None = None
+
+    def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The output and its block; None where the output is of another kind, or it is refused.
+
+        Raises:
+            RuntimeError: if the function does.
+        """
+        written = self._written
+        if written is not None and (known := written.replayed(x)) is not None:
+            return known
+        try:
+            (tangents,) = unit_seeds((x,), 0, x.numel())
+            out, columns = pushed_tensor(self._func, x, tangents, self._randomness)
+            check_numbers((columns,))
+        except Exception:  # the way of a first call tells what it is about
+            return None
+        leads_out = out.requires_grad or columns.requires_grad  # to what somebody differentiates by
+        if leads_out or out.shape != self._shape or out.dtype != x.dtype:
+            return None
+        block = columns_to_blocks(owned((columns,)), (out,), (x,))[0][0]
+        self._calls += 1
+        if self._calls == FEWEST_CALLS:
+            begun = lambda: self._begun(x)  # noqa: E731
+            self._written = written_block(begun, x, block, self._ways, is_pushed=True)
+        return out, block
 
 
 def _gradient(linear: Linearization) -> Tensor:

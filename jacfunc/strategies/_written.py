@@ -1,10 +1,10 @@
-"""Rows of a function of one tensor, written down: operators on what autograd has saved."""
+"""Rows or columns of a function of one tensor, written down as operators on what autograd saved."""
 
 from __future__ import annotations
 
-import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from timeit import timeit
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -14,12 +14,24 @@ from torch.utils.hooks import RemovableHandle
 from jacfunc._errors import Nameless
 from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._torch import Graphs, RandomState
-from jacfunc._traces import MOST_BYTES, MOST_KEPT, Sources, WrittenWork, are_same, outline
+from jacfunc._torch import Graphs, RandomState, holds_nan
+from jacfunc._traces import (
+    MOST_BYTES,
+    MOST_KEPT,
+    MOST_MISSES,
+    Sources,
+    WrittenWork,
+    are_same,
+    outline,
+)
 from jacfunc._types import Leaves
+from jacfunc.strategies._strategy import Sweeps
 
 MOST_ROWS = 16
 """More are not written down one by one: programs of thousands of operators are slow to make."""
+
+ROUNDS = 5
+"""So often every way is timed, each in turn, so that a busy machine is busy for all of them."""
 
 
 class SweepablePoint(Protocol):
@@ -31,37 +43,47 @@ class SweepablePoint(Protocol):
     @property
     def starts(self) -> dict[Any, int]: ...
 
-    def block(self, is_looped: bool) -> Tensor:
-        """The block of the output, from a sweep of its graph."""
+    def block(self, sweeps: Sweeps) -> Tensor:
+        """The block of the output, from sweeps of its graph."""
 
 
 Evaluate = Callable[[Tensor], SweepablePoint]
 
 
-class WrittenRows:
-    """A sweep of all rows as a straight program, which reads what autograd has saved.
+class WrittenBlock:
+    """Sweeps of all rows, or columns, as a straight program, which reads what autograd has saved.
 
     It holds for evaluations whose graphs have the same outline, and no hooks. So a function may
     branch, write, and close over what changes from call to call: what leads elsewhere is swept.
 
     Args:
         evaluate: evaluates the function at a point.
-        work: the rows, written down.
-        outline: of the graphs for which they hold.
+        work: the block, written down.
+        outline: of the graphs for which it holds.
+        is_checked: does it not hold where there is a nan? Of columns nobody knows what made one.
     """
 
-    def __init__(self, evaluate: Evaluate, work: WrittenWork, outline: Any) -> None:
-        self._evaluate, self._work, self._outline = evaluate, work, outline
-        self.misses = 0
-        """So often in a row it did not hold."""
+    def __init__(
+        self, evaluate: Evaluate, work: WrittenWork, outline: Any, is_checked: bool
+    ) -> None:
+        self._evaluate, self._outline, self._is_checked = evaluate, outline, is_checked
+        self._work: WrittenWork | None = work
+        self._misses = 0
 
     def replayed(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The output and its block; None where it does not hold."""
-        result, saved = None, _Saved.at(x, self._evaluate)
+        """The output and its block; None where it does not hold, or too often in a row did not."""
+        work, result = self._work, None
+        if work is None:
+            return None
+        saved = _Saved.at(x, self._evaluate)
         if saved is not None and saved.is_whole and saved.outline == self._outline:
             with torch.set_grad_enabled(False):
-                result = self._work.result(saved.leaves)
-        self.misses = 0 if result is not None else self.misses + 1
+                result = work.result(saved.leaves)
+            if result is not None and self._is_checked and holds_nan(result[0]):
+                result = None
+        self._misses = 0 if result is not None else self._misses + 1
+        if self._misses >= MOST_MISSES:
+            self._work = None
         return None if saved is None or result is None else (saved.evaluated.out, result[0])
 
 
@@ -96,57 +118,72 @@ class _Saved(NamedTuple):
         """Is all there, as it was saved?"""
         return self.sources.bytes_left >= 0 and self.sources.are_as_saved
 
-    def written(self, is_looped: bool) -> WrittenWork:
-        """The sweep of all rows, written down."""
+    def written(self, sweeps: Sweeps) -> WrittenWork | None:
+        """The sweeps of the block, written down; None if they can't be."""
 
         def swept() -> Leaves:
-            return (self.evaluated.block(is_looped),)
+            return (self.evaluated.block(sweeps),)
 
-        return WrittenWork(swept, self.leaves, MOST_KEPT)
+        try:
+            return WrittenWork(swept, self.leaves, MOST_KEPT)
+        except Exception as error:  # calls are swept as before
+            note("%s of a settled kind of call are not written down: %s", sweeps.over, error)
+            return None
 
 
-def written_rows(
-    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows | None:
-    """The rows at a point, written down; None if they can't be, or if it would not pay.
+def written_block(
+    begun: Callable[[], Evaluate],
+    x: Tensor,
+    expected: Tensor,
+    ways: Iterable[Sweeps],
+    is_pushed: bool = False,
+) -> WrittenBlock | None:
+    """The block at a point, written down; None if it can't be, or if it would not pay.
 
     Args:
+        begun: returns what evaluates the function, or raises if that is not to be had.
         expected: the block at this point.
-        ways: are rows swept one by one? If both is allowed, the faster one is found out: once it is
-            written down, a batch of rows costs no more calls than a row.
+        ways: how it may be swept. The fastest is found out once all are written down, as then a
+            batch costs no more calls than a row, and a tangent no more than a cotangent.
+        is_pushed: is it swept by columns as long as nothing is written down?
     """
-    is_long = True in ways and expected.numel() > MOST_ROWS * x.numel()
-    if is_long or expected.nbytes > MOST_BYTES:
+    are_many = expected.numel() > MOST_ROWS * x.numel()
+    ways = [way for way in ways if way.is_vmapped or not are_many]
+    if not ways or expected.nbytes > MOST_BYTES:
         return None
     random_state = RandomState((x,))
     try:
-        return _written_rows(evaluate, x, expected, ways)
+        return _written_block(begun(), x, expected, ways, is_pushed)
     except Exception as error:  # it goes on as before
-        note("the rows of a settled kind of call are not written down: %s", error)
+        note("a settled kind of call is not written down: %s", error)
         return None
     finally:
         random_state.repeat()
 
 
-def _written_rows(
-    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows | None:
+def _written_block(
+    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
+) -> WrittenBlock | None:
     first = _Saved.at(x, evaluate)
     if first is None or first.outline is None:
         return None
-    works = list(map(first.written, ways))
+    works = [(work, way) for way in ways if (work := first.written(way)) is not None]
     second = _Saved.at(x, evaluate)
     if second is None or not second.is_whole or second.outline != first.outline:
         return None
     if not all(map(are_same, first.leaves, second.leaves)):
         return None
-    timed: list[float] = []
+    fit: list[tuple[WrittenWork, Sweeps]] = []
     with torch.set_grad_enabled(False):
-        for work in works:
+        for work, way in works:
             work.hold_for(second.leaves)
             result = work.result(second.leaves)
-            if result is None or not agree(result, (expected,)):
-                return None
-            again = partial(work.result, second.leaves)
-            timed.append(min(timeit.repeat(again, number=1, repeat=3)))
-    return WrittenRows(evaluate, works[timed.index(min(timed))], first.outline)
+            if result is not None and agree(result, (expected,)):
+                fit.append((work, way))
+        if not fit:
+            return None
+        runs = [partial(work.result, second.leaves) for work, _ in fit]
+        rounds = [[timeit(run, number=1) for run in runs] for _ in range(ROUNDS) if len(fit) > 1]
+    seconds = list(map(min, zip(*rounds, strict=True)))
+    work, way = fit[seconds.index(min(seconds)) if seconds else 0]
+    return WrittenBlock(evaluate, work, first.outline, is_pushed or way.are_pushes)
