@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.autograd.graph import GradientEdge, _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from jacfunc._torch.levels import NOTHING
 from jacfunc._types import Leaves
@@ -97,10 +97,11 @@ MUCH = 2**12
 def _slow_dtypes() -> frozenset[torch.dtype]:
     """The dtypes of half precision in which this CPU has no products of its own."""
     has_onednn, onednn = torch.backends.mkldnn.is_available(), torch.ops.mkldnn
-    has_own = {
-        torch.float16: has_onednn and onednn._is_mkldnn_fp16_supported(),
-        torch.bfloat16: has_onednn and onednn._is_mkldnn_bf16_supported(),
-    }
+    with _disable_current_modes():  # it is asked once, perhaps while operators are written down
+        has_own = {
+            torch.float16: has_onednn and onednn._is_mkldnn_fp16_supported(),
+            torch.bfloat16: has_onednn and onednn._is_mkldnn_bf16_supported(),
+        }
     return frozenset([dtype for dtype, is_fast in has_own.items() if not is_fast])
 
 

@@ -18,7 +18,8 @@ ONE_MASK = "'same' gives one dropout mask to the whole Jacobian."
 class Forward(InChunks):
     """Pushes the standard basis of the inputs forward, ``chunk_size`` columns at once, vmapped.
 
-    Best where there are many more outputs than inputs; it keeps no graph.
+    Best where there are many more outputs than inputs. It keeps no graph, but a small one for a
+    moment where calls of a function of one tensor are written down (at most 64 MiB).
 
     Args:
         chunk_size: columns swept at once; None sweeps all.

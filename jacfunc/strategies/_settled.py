@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import NEW_TENSORS, columns_to_blocks, owned, unit_seeds
+from jacfunc._assembly import NEW_TENSORS
 from jacfunc._calls import BARE, Derivation, FlatCall
+from jacfunc._errors import Nameless
 from jacfunc._faults import runs_alone
-from jacfunc._linear_map import (
-    check_numbers,
-    is_pushed_unwatched,
-    pushed_tensor,
-)
+from jacfunc._linear_map import is_pushed_unwatched, linearize
 from jacfunc._log import is_heard
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._torch import is_undisturbed
@@ -23,12 +21,16 @@ from jacfunc.strategies._evaluation import Evaluation
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._rows import SettledRows
+from jacfunc.strategies._rows import SettledColumns, SettledRows
 from jacfunc.strategies._second import SecondCall
-from jacfunc.strategies._strategy import Strategy, Streaming
+from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps
+from jacfunc.strategies._written import Evaluate
 
 MOST_LOOKS = 8
 """Calls of a kind that are looked at: plans are settled within a few calls, or at none."""
+
+FAR_MORE = 4
+"""Of so many times more rows than columns none is written down where columns may be."""
 
 
 class SettledFunction:
@@ -44,9 +46,9 @@ class SettledFunction:
     """
 
     def __init__(self, derivation: Derivation, strategy: Strategy, order: int = 1) -> None:
-        self._func, self._strategy, self._order = derivation.func, strategy, order
+        self._derivation, self._strategy, self._order = derivation, strategy, order
         self._at_once: tuple[type, ...] = (Reverse, Forward) if order == 1 else (Reverse,)
-        self._by_kind = Recent["SettledRows | tuple[torch.Size, str]"](MOST_KINDS)
+        self._by_kind = Recent[SettledRows | SettledColumns](MOST_KINDS)
         self._looks = Recent[int](MOST_KINDS)
 
     def evaluation(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Evaluation | None:
@@ -58,13 +60,15 @@ class SettledFunction:
         settled = self._by_kind.get(kind)
         if settled is None or not _is_plain(x) or is_heard():
             return None
-        if isinstance(settled, SettledRows):
-            evaluation = self._pulled(x, settled)
-        else:
-            evaluation = self._pushed(x, *settled)
-        if evaluation is None:
+        try:
+            known = settled.at(x)
+        except RuntimeError:  # torch's; the way of a first call tells what it is about
+            known = None
+        if known is None:
             self._by_kind.pop(kind, None)
-        return evaluation
+            return None
+        out, block = known
+        return Evaluation(BARE, ((block,),), lambda: ((out.detach(),), ()), NEW_TENSORS)
 
     def look_at(self, call: FlatCall | SecondCall, evaluation: Evaluation) -> None:
         """Note whether later calls of this kind need no more than this one has shown."""
@@ -86,52 +90,63 @@ class SettledFunction:
         is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
         if not is_constant or (self._order == 2 and out.numel() > 1):
             return
-        if type(strategy) is Forward:
+        ways = self._ways(strategy, out.numel(), x.numel())
+        if isinstance(strategy, Forward):
             if is_pushed_unwatched(func):
-                self._by_kind.put(kind, (out.shape, strategy.randomness))
+                begun = partial(_evaluating, self._derivation)
+                columns = SettledColumns(
+                    self._derivation.func, out.shape, strategy.randomness, begun, ways
+                )
+                self._by_kind.put(kind, columns)
             return
         is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         if is_alone is not None:
-            is_looped = isinstance(strategy, Looped)
-            is_free = is_looped and out.numel() > 1 and not isinstance(self._strategy, Looped)
-            how = is_alone, is_looped, is_free
-            self._by_kind.put(kind, SettledRows(self._func, self._order, out.shape, *how))
+            how = self._order, out.shape, is_alone, strategy.sweeps, ways
+            self._by_kind.put(kind, SettledRows(self._derivation.func, *how))
+
+    def _ways(self, strategy: Sweeping, rows: int, columns: int) -> list[Sweeps]:
+        """How the block may be written down: as it is swept, or as may be faster, if that is free.
+
+        Columns are not that may draw numbers of their own, or none, or that a budget has chosen:
+        once they are written down a graph is kept for them.
+        """
+        own, chooses = strategy.sweeps, self._strategy
+        has_budget = getattr(chooses, "memory", None) is not None
+        if isinstance(strategy, Forward) and (strategy.randomness != "same" or has_budget):
+            return []
+        if isinstance(chooses, Sweeping) or has_budget:
+            return [own]
+        ways = [Forward().sweeps] if 1 < rows >= columns else []
+        if not own.are_pushes or rows <= FAR_MORE * columns:
+            ways.append(Reverse().sweeps)
+        return ways if own.is_vmapped else [*ways, own]
 
     def _settled_strategy(self, call: FlatCall | SecondCall) -> Reverse | Forward | Looped | None:
         """What takes all later calls of this kind; None if it is not known, or takes chunks."""
         chosen: Strategy | None = self._strategy
         if isinstance(chosen, Streaming):
             chosen = chosen.settled_for(call.call_kind)
+        if chosen == Looped("columns") and chosen is not self._strategy:
+            chosen = Forward()  # so few are soon pushed at once, too, until they are written down
         if isinstance(chosen, Looped):
             return chosen if chosen == Looped("rows") else None
         if isinstance(chosen, Reverse | Forward) and type(chosen) in self._at_once:
             return chosen if chosen.chunk_size is None else None
         return None
 
-    def _pushed(self, x: Tensor, shape: torch.Size, randomness: str) -> Evaluation | None:
-        """An evaluation by columns; None where the output is of another kind, or it is refused."""
-        try:
-            (tangents,) = unit_seeds((x,), 0, x.numel())
-            out, columns = pushed_tensor(self._func, x, tangents, randomness)
-            check_numbers((columns,))
-        except Exception:  # the way of a first call tells what it is about
-            return None
-        leads_out = out.requires_grad or columns.requires_grad  # to what somebody differentiates by
-        if leads_out or out.shape != shape or out.dtype != x.dtype:
-            return None
-        blocks = columns_to_blocks(owned((columns,)), (out,), (x,))
-        return Evaluation(BARE, blocks, lambda: ((out,), ()), NEW_TENSORS)
 
-    def _pulled(self, x: Tensor, rows: SettledRows) -> Evaluation | None:
-        """An evaluation by rows; None where the output, or the graph, is of another kind."""
-        try:
-            known = rows.at(x)
-        except RuntimeError:  # torch's; the way of a first call tells what it is about
-            return None
-        if known is None:
-            return None
-        out, block = known
-        return Evaluation(BARE, ((block,),), lambda: ((out.detach(),), ()), NEW_TENSORS)
+def _evaluating(derivation: Derivation, x: Tensor) -> Evaluate:
+    """What evaluates a function like that at a point for its graph, and nothing watches.
+
+    Raises:
+        Nameless: if it must be watched.
+    """
+    call = FlatCall(derivation, (x,), {})
+    shape = linearize(call, call.primals).outputs[0].shape  # under a watch
+    is_alone = runs_alone(call, (torch.is_grad_enabled(), False, 1))
+    if is_alone is None:
+        raise Nameless("a pullback of it is watched")
+    return SettledRows(derivation.func, 1, shape, is_alone, Reverse().sweeps, ()).evaluated
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

@@ -1,46 +1,75 @@
-"""Rows of a function of one tensor, written down: operators on what autograd has saved."""
+"""Rows or columns of a function of one tensor, written down as operators on what autograd saved."""
 
 from __future__ import annotations
 
-import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from timeit import timeit
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jacfunc._assembly import columns_to_blocks, owned, rows_to_blocks, unit_seeds
 from jacfunc._errors import Nameless
+from jacfunc._linear_map import (
+    EVERY,
+    Anchor,
+    Graph,
+    Linearization,
+    map_of_graph,
+    one_by_one,
+)
 from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._torch import Graphs, RandomState
-from jacfunc._traces import MOST_BYTES, MOST_KEPT, Sources, WrittenWork, are_same, outline
+from jacfunc._torch import Graphs, RandomState, holds_nan
+from jacfunc._traces import (
+    MOST_BYTES,
+    MOST_KEPT,
+    MOST_MISSES,
+    Sources,
+    WrittenWork,
+    are_same,
+    outline,
+)
 from jacfunc._types import Leaves
+from jacfunc.strategies._strategy import Sweeps
 
 MOST_ROWS = 16
 """More are not written down one by one: programs of thousands of operators are slow to make."""
 
-
-class SweepablePoint(Protocol):
-    """A function evaluated at a point."""
-
-    @property
-    def out(self) -> Any: ...
-
-    @property
-    def starts(self) -> dict[Any, int]: ...
-
-    def block(self, is_looped: bool) -> Tensor:
-        """The block of the output, from a sweep of its graph."""
+ROUNDS = 5
+"""So often every way is timed, each in turn, so that a busy machine is busy for all of them."""
 
 
-PointT = TypeVar("PointT", bound=SweepablePoint)
-Evaluate = Callable[[Tensor], PointT]
+class AtPoint(NamedTuple):
+    """What a function of one tensor returned at a point, and where its graph begins.
+
+    Args:
+        out: what it returned.
+        anchor: the point, from which the graph leads to the output.
+        target: what cotangents are pulled back to: the point, or the copy that the function got.
+        starts: the nodes at which the graph begins, with their numbers.
+    """
+
+    out: Any
+    anchor: Tensor
+    target: Anchor
+    starts: dict[Any, int]
+
+    def block(self, sweeps: Sweeps) -> Tensor:
+        """The block of the output, from sweeps of its graph."""
+        graph = Graph.back_to({*self.starts}, (self.out,))
+        linear = map_of_graph((self.out,), (), (self.target,), graph, differentiated=False)
+        return only_block(linear, self.anchor, sweeps)
 
 
-class WrittenRows(Generic[PointT]):
-    """A sweep of all rows as a straight program, which reads what autograd has saved.
+Evaluate = Callable[[Tensor], AtPoint]
+
+
+class WrittenBlock:
+    """Sweeps of all rows, or columns, as a straight program, which reads what autograd has saved.
 
     It holds for evaluations whose graphs have the same outline, and no hooks. So a function may
     branch, write, and close over what changes from call to call: what leads elsewhere is swept, and
@@ -48,17 +77,24 @@ class WrittenRows(Generic[PointT]):
 
     Args:
         evaluate: evaluates the function at a point.
-        work: the rows, written down.
-        outline: of the graphs for which they hold.
+        work: the block, written down.
+        outline: of the graphs for which it holds.
+        is_checked: does it not hold where there is a nan? Of columns nobody knows what made one.
     """
 
-    def __init__(self, evaluate: Evaluate[PointT], work: WrittenWork, outline: Any) -> None:
-        self._evaluate, self._work, self._outline = evaluate, work, outline
-        self.misses = 0
-        """So often in a row it did not hold."""
+    def __init__(
+        self, evaluate: Evaluate, work: WrittenWork, outline: Any, is_checked: bool
+    ) -> None:
+        self._evaluate, self._outline, self._is_checked = evaluate, outline, is_checked
+        self._work, self._misses = work, 0
 
-    def at(self, x: Tensor) -> tuple[Saved[PointT], Tensor | None] | None:
-        """The function at a point, and the rows; None for these where what is known does not hold.
+    @property
+    def is_kept(self) -> bool:
+        """Has it held of late?"""
+        return self._misses < MOST_MISSES
+
+    def at(self, x: Tensor) -> tuple[Saved, Tensor | None] | None:
+        """The function at a point, and the block; None for this where what is known does not hold.
 
         None for both if the evaluation can't be swept, as not all is there as it was saved.
         """
@@ -67,19 +103,21 @@ class WrittenRows(Generic[PointT]):
         if saved is not None and is_whole and saved.outline == self._outline:
             with torch.set_grad_enabled(False):
                 (block,) = self._work.result(saved.leaves) or (None,)
-        self.misses = 0 if block is not None else self.misses + 1
+            if block is not None and self._is_checked and holds_nan(block):
+                block = None
+        self._misses = 0 if block is not None else self._misses + 1
         return (saved, block) if saved is not None and is_whole else None
 
 
-class Saved(NamedTuple, Generic[PointT]):
+class Saved(NamedTuple):
     """An evaluation, what was saved for its backward pass, and the outline of its graph."""
 
-    evaluated: PointT
+    evaluated: AtPoint
     sources: Sources
     outline: Any
 
     @classmethod
-    def at(cls, x: Tensor, evaluate: Evaluate[PointT]) -> Self | None:
+    def at(cls, x: Tensor, evaluate: Evaluate) -> Self | None:
         """One at this point; None if it saves too much.
 
         It has no outline if it sets hooks, which may do anything.
@@ -105,57 +143,102 @@ class Saved(NamedTuple, Generic[PointT]):
         """Is all there, as it was saved?"""
         return self.sources.bytes_left >= 0 and self.sources.are_as_saved
 
-    def written(self, is_looped: bool) -> WrittenWork:
-        """The sweep of all rows, written down."""
+    def written(self, sweeps: Sweeps) -> WrittenWork | None:
+        """The sweeps of the block, written down; None if they can't be."""
 
         def swept() -> Leaves:
-            return (self.evaluated.block(is_looped),)
+            return (self.evaluated.block(sweeps),)
 
-        return WrittenWork(swept, self.leaves, MOST_KEPT)
+        try:
+            return WrittenWork(swept, self.leaves, MOST_KEPT)
+        except Exception as error:  # calls are swept as before
+            note("%s of a settled kind of call are not written down: %s", sweeps.over, error)
+            return None
 
 
-def written_rows(
-    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows[PointT] | None:
-    """The rows at a point, written down; None if they can't be, or if it would not pay.
+def written_block(
+    begun: Callable[[], Evaluate],
+    x: Tensor,
+    expected: Tensor,
+    ways: Iterable[Sweeps],
+    is_pushed: bool = False,
+) -> WrittenBlock | None:
+    """The block at a point, written down; None if it can't be, or if it would not pay.
 
     Args:
+        begun: returns what evaluates the function, or raises if that is not to be had.
         expected: the block at this point.
-        ways: are rows swept one by one? If both is allowed, the faster one is found out: once it is
-            written down, a batch of rows costs no more calls than a row.
+        ways: how it may be swept. The fastest is found out once all are written down, as then a
+            batch costs no more calls than a row, and a tangent no more than a cotangent.
+        is_pushed: is it swept by columns as long as nothing is written down?
     """
-    is_long = True in ways and expected.numel() > MOST_ROWS * x.numel()
-    if is_long or expected.nbytes > MOST_BYTES:
+    are_many = expected.numel() > MOST_ROWS * x.numel()
+    ways = [way for way in ways if way.is_vmapped or not are_many]
+    if not ways or expected.nbytes > MOST_BYTES:
         return None
     random_state = RandomState((x,))
     try:
-        return _written_rows(evaluate, x, expected, ways)
+        return _written_block(begun(), x, expected, ways, is_pushed)
     except Exception as error:  # it goes on as before
-        note("the rows of a settled kind of call are not written down: %s", error)
+        note("a settled kind of call is not written down: %s", error)
         return None
     finally:
         random_state.repeat()
 
 
-def _written_rows(
-    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: tuple[bool, ...]
-) -> WrittenRows[PointT] | None:
+def _written_block(
+    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
+) -> WrittenBlock | None:
     first = Saved.at(x, evaluate)
     if first is None or first.outline is None:
         return None
-    works = list(map(first.written, ways))
+    works = [(work, way) for way in ways if (work := first.written(way)) is not None]
     second = Saved.at(x, evaluate)
     if second is None or not second.is_whole or second.outline != first.outline:
         return None
     if not all(map(are_same, first.leaves, second.leaves)):
         return None
-    timed: list[float] = []
+    fit: list[tuple[WrittenWork, bool]] = []
+
+    def run(work: WrittenWork, is_checked: bool) -> None:
+        result = work.result(second.leaves)
+        if result is not None and is_checked:
+            holds_nan(result[0])
+
     with torch.set_grad_enabled(False):
-        for work in works:
+        for work, way in works:
             work.hold_for(second.leaves)
             result = work.result(second.leaves)
-            if result is None or not agree(result, (expected,)):
-                return None
-            again = partial(work.result, second.leaves)
-            timed.append(min(timeit.repeat(again, number=1, repeat=3)))
-    return WrittenRows(evaluate, works[timed.index(min(timed))], first.outline)
+            if result is not None and agree(result, (expected,)):
+                fit.append((work, is_pushed or way.are_pushes))
+        rounds = range(ROUNDS if len(fit) > 1 else 1)
+        seconds = [[timeit(partial(run, *each), number=1) for each in fit] for _ in rounds]
+    if not fit:
+        return None
+    least = list(map(min, zip(*seconds, strict=True)))
+    work, is_checked = fit[least.index(min(least))]
+    return WrittenBlock(evaluate, work, first.outline, is_checked)
+
+
+def only_block(linear: Linearization, x: Tensor, sweeps: Sweeps) -> Tensor:
+    """The block ``[*out, *in]`` of the only output; what the user's tensors hold is copied.
+
+    Columns are by the pullback of the pullback, of which nothing is checked.
+    """
+    outputs = linear.outputs
+    (out,) = outputs
+    if sweeps.are_pushes:
+        transpose: Any = linear.transpose
+        columns = transpose(False).pull_batch(unit_seeds((x,), 0, x.numel()))
+        return columns_to_blocks(owned(columns), outputs, (x,))[0][0]
+    if out.numel() > 1:
+        seeds = unit_seeds(outputs, 0, out.numel())
+        if sweeps.is_vmapped:
+            rows = owned(linear.pull_batch(seeds))
+        else:
+            rows = one_by_one(linear.sweep(EVERY, EVERY), seeds)
+        return rows_to_blocks(rows, outputs, (x,))[0][0]
+    assert linear.last is not None
+    one = torch.ones(out.shape, dtype=out.dtype, device=out.device)
+    (row,) = linear.last(EVERY, EVERY)((one,))
+    return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)

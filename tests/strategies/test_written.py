@@ -1,4 +1,4 @@
-"""Rows of a function that are written down after sixteen settled calls, and what they hold for."""
+"""Rows and columns that are written down after sixteen settled calls, and what they hold for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._linear_map import graph
+from jacfunc._linear_map import graph, push
 from jacfunc._traces import FEWEST_CALLS, saved
 from jacfunc.strategies._rows import SettledRows
 from jacfunc.testing import known_machine
@@ -38,10 +38,11 @@ def _same_plans() -> Iterator[None]:
 
 
 def is_replayed(derive: Callable[[Tensor], Any], x: Tensor = X) -> bool:
-    """Is no graph swept in a call?"""
+    """Is no graph swept in a call, and no tangent pushed?"""
+    sweeps = graph._run_backward.__code__, push.pushed_tensor.__code__, push.pushforward.__code__
 
     def is_sweep(frame: Any, event: str, _: Any) -> bool:
-        return event == "call" and frame.f_code is graph._run_backward.__code__
+        return event == "call" and frame.f_code in sweeps
 
     return not num_calls(lambda: derive(x), is_sweep)
 
@@ -75,14 +76,16 @@ FUNCTIONS: dict[str, tuple[Func, Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["reverse", "auto", jacfunc.Looped("rows")], ids=str)
+@pytest.mark.parametrize(
+    "strategy", ["reverse", "forward", "auto", jacfunc.Looped("rows")], ids=str
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_rows_that_are_written_down_are_exact(name: str, strategy: Any) -> None:
     f, x = FUNCTIONS[name]
     derive = jacfunc.jacobian(f, strategy=strategy)
     for _ in range(CALLS):
         derive(x)
-    if strategy == "reverse":
+    if strategy in ("reverse", "forward"):
         assert is_replayed(derive, x)
     for step in range(3):
         at = x + step / 4
@@ -93,8 +96,9 @@ def test_rows_that_are_written_down_are_exact(name: str, strategy: Any) -> None:
         result.zero_()  # it is the caller's own
 
 
+@pytest.mark.parametrize("strategy", ["reverse", "forward"])
 @pytest.mark.parametrize("grad_mode", [False, True])
-def test_the_value_comes_of_the_same_evaluation(grad_mode: bool) -> None:
+def test_the_value_comes_of_the_same_evaluation(grad_mode: bool, strategy: str) -> None:
     count = 0
 
     def f(x: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ def test_the_value_comes_of_the_same_evaluation(grad_mode: bool) -> None:
         return torch.tanh(W @ x)
 
     with torch.set_grad_enabled(grad_mode):
-        both = jacfunc.value_and_jacobian(f)
+        both = jacfunc.value_and_jacobian(f, strategy=strategy)
         for _ in range(CALLS):
             both(X)
         count = 0
@@ -195,7 +199,7 @@ CHANGES: dict[str, tuple[Callable[[Tensor, Any], Tensor], tuple[Any, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["reverse", jacfunc.Looped("rows")], ids=str)
+@pytest.mark.parametrize("strategy", ["reverse", "auto", jacfunc.Looped("rows")], ids=str)
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_between_calls_is_seen(name: str, strategy: Any) -> None:
     f, (before, after) = CHANGES[name]
@@ -418,7 +422,8 @@ def test_of_two_ways_to_take_rows_the_faster_one_is_written_down() -> None:
 
     x = torch.randn(1024)
     expected = looped_jacobian(lambda y: f(y.float()).double(), x.double()).float()
-    rows = SettledRows(f, 1, torch.Size([4]), False, True, True)  # a loop, if nothing else is known
+    loop = jacfunc.Looped("rows").sweeps  # if nothing else is known
+    rows = SettledRows(f, 1, torch.Size([4]), False, loop, (jacfunc.Reverse().sweeps, loop))
     for _ in range(FEWEST_CALLS):
         known = rows.at(x)
         assert known is not None
