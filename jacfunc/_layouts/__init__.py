@@ -11,6 +11,7 @@ from jacfunc._layouts.mixing import Mixing, copy_written, may_mix, mixes_unseen
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     FEWEST_PULLED,
+    PLAIN,
     Args,
     OperationRecorder,
     WhatWasSeen,
@@ -18,5 +19,5 @@ from jacfunc._layouts.recording import (
     begins,
     ends,
 )
-from jacfunc._layouts.telling import tensors_in
+from jacfunc._layouts.telling import TELLING, tensors_in
 from jacfunc._layouts.traces import Trace

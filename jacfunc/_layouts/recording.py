@@ -28,7 +28,8 @@ from jacfunc._torch import PULLED, all_modes, untracked
 Args: TypeAlias = tuple[Any, ...]
 Ids: TypeAlias = Container[int]
 
-_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
+PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
+"""Kinds of values that nobody can change."""
 _ROWS = frozenset({tuple, list, torch.Size})
 
 _APART: dict[Any, str] = {-2: "minus two"}
@@ -73,6 +74,8 @@ class OperationRecorder(TorchFunctionMode):
     """Did Python read numbers?"""
     pulls_many = True
     """Are many cotangents pulled back at once? For one, torch's own products are faster."""
+    num_followed = 0
+    """So many operations and values were compared with known ones, and are not noted."""
     _buffers: Sequence[tuple[Tensor, int]] = ()
     _constants: ConstantIntegers | None = None
     _is_over = False
@@ -81,7 +84,7 @@ class OperationRecorder(TorchFunctionMode):
         self, listener: Listener | None = None, noticed: Collection[Any] = (), tracked: Ids = ()
     ) -> None:
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
-        self.arguments: dict[int, list[Tensor]] | None = None
+        self.arguments: dict[int, Sequence[Tensor]] | None = None
         """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
@@ -132,15 +135,15 @@ class OperationRecorder(TorchFunctionMode):
         if self._is_over:
             return func(*args, **kwargs)
         operations, tracked, is_tracked = self.operations, self._tracked, False
-        number = len(operations)
+        number = len(operations) + self.num_followed
         tensors: list[Tensor] = []
         operations += (func,)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 operations += (_APART[value],) if value in _APART else (value,)
                 continue
-            if kind in _ROWS and _PLAIN.issuperset(map(type, value)):  # as strides are
+            if kind in _ROWS and PLAIN.issuperset(map(type, value)):  # as strides are
                 operations.append(len(value))
                 operations.extend(map(_APART.get, value, value))
                 continue
@@ -208,7 +211,7 @@ def are_among(values: Iterable[Any], tracked: Ids, without: Ids = ()) -> bool:
 def _note_values(value: Any, operations: list[Any]) -> None:
     """Note the plain values that an argument holds, at any depth, and in which containers."""
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         operations.append(_APART.get(value, value))
     elif isinstance(value, tuple | list):
         operations.append(len(value))

@@ -43,7 +43,7 @@ class Sources:
     saved: list[Tensor] = field(default_factory=list)
     bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
-    arguments: dict[int, list[Tensor]] = field(default_factory=dict)
+    arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
 
     @property
