@@ -129,7 +129,7 @@ class RandomState:
 
     def _current(self) -> GeneratorState:
         with _STATES:
-            return tuple(map(torch.Generator.get_state, self._generators))
+            return (*map(torch.Generator.get_state, self._generators),)
 
 
 # it keeps Python's own lock: no other thread runs for so short a time
