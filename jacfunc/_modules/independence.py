@@ -96,7 +96,8 @@ class Independence:
         """What is known of the calls of a kind; None where batches are compared at the next one."""
         if self.independent is True:
             return KnownCalls()
-        calls = _kinds_of_state(state).get(_with_hooks(kind))
+        kinds = _calls_of().get(state.version_of_parts, None)
+        calls = None if kinds is None else kinds.get(_with_hooks(kind))
         is_always = self.independent == "always" or (self.by_rows and calls and calls.is_large)
         return None if calls is None or calls.is_next_due or is_always else calls
 

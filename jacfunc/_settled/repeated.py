@@ -82,9 +82,11 @@ class RepeatedEvaluation:
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
-        own = lambda x: writable_copy(differentiable_alias(x, False))  # noqa: E731
-        every = enumerate(tensors)
-        self.tensors: Leaves = tuple([own(x) if n in inputs else x.clone() for n, x in every])
+        copies: list[Tensor] = []  # no comprehensions here, as every settled call makes these
+        for n, x in enumerate(tensors):
+            is_own = n in inputs
+            copies += (writable_copy(differentiable_alias(x, False)) if is_own else x.clone(),)
+        self.tensors: Leaves = tuple(copies)
         self.primals: Leaves = (*self.handles, *map(self.tensors.__getitem__, inputs))
         # a leaf stands for itself, as its node is made where it is used
         self.starts: dict[Any, int] = {x.grad_fn or id(x): n for n, x in enumerate(self.primals)}
