@@ -21,7 +21,7 @@ from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
-from jacfunc._torch import NOTHING, MathAttention, RandomState, recording, run_as_written
+from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
 from jacfunc._trees import Given, Split
 from jacfunc._types import Leaves
@@ -223,7 +223,7 @@ class SettledBatch:
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
         if self.is_watched and own.is_watched:
             watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
-        with watch or NOTHING, state.lent_for_evaluation(chosen), recorder:
+        with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
             if state.buffers:
                 own.recorder.begin(state.module, state.buffers.values())
             called = state.module if given.merge is None else given.called(state.module)

@@ -95,11 +95,7 @@ class RepeatedEvaluation:
         if by_layers and reads is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, self._size)
         else:
-            ids = {*map(id, map(self.handles.__getitem__, lent))}
-            self.recorder = PlainRecorder(ids, reads and reads.operations)
-            if sources is not None and reads is not None and reads.steps is not None:
-                known = reads.steps, ids, reads.operations
-                self.recorder = Following(*known, sources.arguments)
+            self.recorder = self._recorder(sources, reads)
         if sources is not None:
             self.recorder.arguments = sources.arguments
             self._versions = [*map(_VERSION, self.handles)]
@@ -110,6 +106,13 @@ class RepeatedEvaluation:
             self._direct += map(Direct, range(count, len(self.primals)))
             direct = [self.primals[each.number] for each in self._direct]
             self._anchors = [*map(Anchor.behind, direct)]
+
+    def _recorder(self, sources: Sources | None, reads: Reads | None) -> PlainRecorder:
+        """What records operations where no use of a parameter is looked for."""
+        ids = {*map(id, map(self.handles.__getitem__, self._lent))}
+        if sources is None or reads is None or reads.steps is None:
+            return PlainRecorder(ids, reads and reads.operations)
+        return Following(reads.steps, ids, reads.operations, sources.arguments)
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into, where sources are kept.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Protocol, TypeAlias
@@ -18,7 +18,7 @@ from jacfunc._rounding import agree
 from jacfunc._settled.following import Following, Steps
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
-from jacfunc._torch import NOTHING, MathAttention, may_attend, recording
+from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import (
     MOST_BYTES,
     MOST_KEPT,
@@ -232,7 +232,7 @@ def evaluated_with_sources(
     if settled.names and state.hooks():
         return None
     attends, sources = reads is None or reads.attends, Sources()
-    with recording(), MathAttention() if attends else NOTHING:
+    with recording(), MathAttention() if attends else nullcontext():
         own = settled.repeated(state, given, sources, reads)
         with sources.saving():
             out = settled.run(state, given, own, own.recorder)

@@ -15,7 +15,6 @@ from jacfunc._torch.derivatives import (
 )
 from jacfunc._torch.entering import PULLED, at_forward_level, at_reverse_level, pushed_product
 from jacfunc._torch.levels import (
-    NOTHING,
     below_transforms,
     innermost,
     inside_derivative,
