@@ -64,17 +64,26 @@ class MatrixProducts:
             return self._curvature_of(BatchOutputs((output,), (), BARE))
         return self._curvature_of(self._jacobian.outputs)
 
+    def of_one(self, tangents: Leaves) -> Leaves | None:
+        """``G v`` of one vector, ``[*param]``, where earlier ones have settled how it is made."""
+        if takes_factors():
+            return None
+        try:
+            return self._again.product(tangents, lambda u: self._curvature.times_batch(u))
+        except Refused:  # which is told of where the product is taken anew
+            return None
+
     def times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
         count = tangents[0].shape[0]
         if count == 1:
             if takes_factors():
                 return factored_product(self._at_batch, self._curvature_of, tangents)
-            products = self._again.product(tangents, lambda u: self._curvature.times_batch(u))
-            if products is None:
-                products = self._times(tangents)
-                outputs = self._jacobian.outputs.leaves
-                self._again.learn(tangents, products, self._jacobian, outputs)
+            if (made := self.of_one(tuple([v[0] for v in tangents]))) is not None:
+                return tuple([x[None] for x in made])
+            products = self._times(tangents)
+            outputs = self._jacobian.outputs.leaves
+            self._again.learn(tangents, products, self._jacobian, outputs)
             return products
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))

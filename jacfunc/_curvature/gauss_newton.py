@@ -105,9 +105,11 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             {'weight': tensor([[1., 2.]])}
         """
         tangents = tangents_of(self.api, self.point.call.state, vector)
-        products = self.pushforward_batch(tuple([tangent[None] for tangent in tangents]))
-        names = self.point.params
-        return self._in_form({n: product[0] for n, product in zip(names, products, strict=True)})
+        is_plain = self.point.size and not (is_pushing() or is_followed(tangents))
+        if not is_plain or (products := self._products.of_one(tangents)) is None:
+            every = self.pushforward_batch(tuple([tangent[None] for tangent in tangents]))
+            products = tuple([product[0] for product in every])
+        return self._in_form(dict(zip(self.point.params, products, strict=True)))
 
     @overload
     def __matmul__(self, other: LinearOperator) -> LinearOperator: ...

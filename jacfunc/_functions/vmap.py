@@ -13,13 +13,13 @@ from torch import Tensor
 from jacfunc._arguments import check_chunk_size, check_func, check_outputs, check_randomness
 from jacfunc._assembly import stack
 from jacfunc._calls import reaches_module
+from jacfunc._carried import in_batches
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._faults import NestedWatch, handled
 from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._settled import in_batches
 from jacfunc._showing import named
 from jacfunc._torch import RandomState, run_as_written, sweep_batch
 from jacfunc._trees import (

@@ -59,6 +59,8 @@ class OperationRecorder(TorchFunctionMode):
     """How many there are, if reads are to be told that each of them alone would answer alike."""
     pulls_many = True
     """Are many cotangents pulled back at once? For one, torch's own products are faster."""
+    num_followed = 0
+    """So many operations and values were compared with known ones, and are not noted."""
     _buffers: Sequence[tuple[Tensor, int]] = ()
     _constants: ConstantIntegers | None = None
     _questions: Questions | None = None
@@ -70,7 +72,7 @@ class OperationRecorder(TorchFunctionMode):
         self, listener: Listener | None = None, noticed: Collection[Any] = (), tracked: Ids = ()
     ) -> None:
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
-        self.arguments: dict[int, list[Tensor]] | None = None
+        self.arguments: dict[int, Sequence[Tensor]] | None = None
         """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
@@ -123,7 +125,7 @@ class OperationRecorder(TorchFunctionMode):
         if self._is_over:
             return func(*args, **kwargs)
         operations, tracked, is_tracked = self.operations, self._tracked, False
-        number = len(operations)
+        number = len(operations) + self.num_followed
         tensors: list[Tensor] = []
         operations += (func,)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:

@@ -72,8 +72,8 @@ class Constants:
         mode: bool,
         aliases: Mapping[int, Tensor],
         copied_versions: Mapping[int, Hashable],
-    ) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
-        """What one evaluation gets for each parameter, by name: a copy, or else its alias.
+    ) -> tuple[Sequence[Tensor], Callable[[], None] | None]:
+        """What one evaluation gets for each parameter, in order: a copy, or else its alias.
 
         Beside it what to call afterwards, to learn which copies it has only read, if there are any.
 
@@ -82,8 +82,7 @@ class Constants:
         """
         keys = self._keys_to_copy(params, mode, copied_versions) if params else {}
         if not keys and len(aliases) == len(params):
-            every = map(aliases.__getitem__, map(id, params.values()))
-            return dict(zip(params, every, strict=True)), None
+            return [*map(aliases.__getitem__, map(id, params.values()))], None
         lent = {name: params[name].detach().clone() for name in keys}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
         rest = [(name, p) for name, p in params.items() if name not in keys]
@@ -96,7 +95,7 @@ class Constants:
                     if now.data_ptr() == addresses[name] and torch.equal(now, params[name]):
                         self._only_read[name] = key
 
-        return lent, learn if keys else None
+        return [*map(lent.__getitem__, params)], learn if keys else None
 
     def _keys_to_copy(
         self, params: Mapping[str, Tensor], mode: bool, copied_versions: Mapping[int, Hashable]

@@ -144,25 +144,23 @@ class _Rows:
 
     def are_current(self, is_untouched: bool) -> bool:
         """Does each table hold the same objects, under the same names in the same order?"""
-        return (
-            all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
-            and not any(self._empty)
-            and self._filled == self._entries
-            and self._are_as_then(is_untouched)
-        )
-
-    def _are_as_then(self, is_untouched: bool) -> bool:
-        """Are the tables so? They are looked through only if one was written into meanwhile."""
+        if (
+            not all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
+            or any(self._empty)
+            or self._filled != self._entries
+        ):
+            return False
         versions = [*map(Graphs.version_of, self.tables)]
-        if is_untouched or versions == self.versions:
-            self.versions = versions
-            return True
+        # they are looked through only if one was written into meanwhile
+        if not (is_untouched or versions == self.versions or self._hold_the_same()):
+            return False
+        self.versions = versions
+        return True
+
+    def _hold_the_same(self) -> bool:
         values: Iterator[Any] = chain.from_iterable(map(dict.values, self.tables))
-        are_same = (
+        return (
             list(map(len, self.tables)) == self._sizes
             and all(map(is_, values, self._values))
             and list(chain.from_iterable(self.tables)) == self._names
         )
-        if are_same:
-            self.versions = versions
-        return are_same

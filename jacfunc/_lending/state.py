@@ -180,8 +180,8 @@ class ModuleState:
         if copies:
             of = map(copies.__getitem__, map(id, params.values()))
             params = dict(zip(params, of, strict=True))
-        rest = params.keys() - chosen
-        constants = {name: p for name, p in params.items() if name in rest} if rest else {}
+        rest = params.keys() - chosen if chosen else params
+        constants = {n: p for n, p in params.items() if n in rest} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
         before = None if is_current else attributes_of(parts)
         tables = self.snapshot.tables if is_current else [vars(p.refers()) for p in parts]
@@ -208,13 +208,13 @@ class ModuleState:
         olds = map(self.params.__getitem__, params)
         new: dict[int, Any] = dict(zip(map(id, olds), params.values(), strict=True))
         if len(params) < len(every):
-            others = {name: p for name, p in every.items() if name not in params}
+            others = {n: p for n, p in every.items() if n not in params} if params else every
             values = {n: copies.get(id(p), p) for n, p in others.items()} if copies else others
             how = self.module.training, loan.watch.aliases, self.copied_versions
             constants, learn = self.constants.lent(values, *how)
             if self.constants.require_grad:
-                constants = {n: as_required(constants[n], p) for n, p in others.items()}
-            new |= zip(map(id, others.values()), map(constants.get, others), strict=True)
+                constants = [*map(as_required, constants, others.values())]
+            new.update(zip(map(id, others.values()), constants, strict=True))
         for buffer in self.buffers.values():
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
         loan.lend(EvaluationState(params.values(), arguments), new, every.values())

@@ -90,13 +90,16 @@ class Independence:
         Raises Refused if it returns other numbers each time.
         """
         compare, kind = self._comparison(api, subject_of), _with_hooks(kind)
-        self._refuse(api, self._what_changes(lambda: _kinds_of_state(state), kind, compare))
+        self._refuse(
+            api, self._what_changes(lambda: _kinds_of(state.version_of_parts), kind, compare)
+        )
 
     def known_at_next(self, state: ModuleState, kind: Hashable) -> KnownCalls | None:
         """What is known of the calls of a kind; None where batches are compared at the next one."""
         if self.independent is True:
             return KnownCalls()
-        calls = _kinds_of_state(state).get(_with_hooks(kind))
+        kinds = _calls_of().get(state.version_of_parts, None)
+        calls = None if kinds is None else kinds.get(_with_hooks(kind))
         is_always = self.independent == "always" or (self.by_rows and calls and calls.is_large)
         return None if calls is None or calls.is_next_due or is_always else calls
 
@@ -123,7 +126,7 @@ class Independence:
         if is_traced():
             self._refuse_traced(api, may_mix)
             return False
-        calls = _kinds_of_state(state).get(_with_hooks(kind))
+        calls = _kinds_of(state.version_of_parts).get(_with_hooks(kind))
         if calls is None or (signature in calls.signatures and not may_mix):
             return may_mix
         if not calls.is_compared:
@@ -223,7 +226,7 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
     """
     if is_traced():  # what is traced was called before
         return
-    kinds = _kinds_of_state(state)
+    kinds = _kinds_of(state.version_of_parts)
     calls = kinds.pop(kind, None) or KnownCalls()
     calls.count += 1
     if calls.is_due:
@@ -244,7 +247,3 @@ def _calls_of() -> Remembered[Recent[KnownCalls]]:
 
 def _kinds_of(version: Version) -> Recent[KnownCalls]:
     return _calls_of().get_or_make(version, None, lambda: Recent(MOST_KINDS))
-
-
-def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
-    return _kinds_of(state.version_of_parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Self, TypeVar
 
 from torch.compiler import is_compiling
@@ -18,7 +18,7 @@ from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto, Autotune
-from jacfunc._remembered import Remembered
+from jacfunc._remembered import MOST_KINDS, Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled import (
     Beside,
@@ -52,7 +52,7 @@ class SettledCalls:
         self, independence: Independence, flat: bool, of_whole: bool, door: Hashable
     ) -> None:
         self._independence, self._flat, self._of_whole = independence, flat, of_whole
-        self._door = door, flat, of_whole
+        self._door = _alike((door, flat, of_whole))
 
     @classmethod
     def of(
@@ -224,6 +224,12 @@ def _counted(
     if made is not None:
         calls.count += 1
     return made
+
+
+@lru_cache(MOST_KINDS)
+def _alike(door: Hashable) -> object:
+    """One object for equal doors: a settled call need not take the hash of all their options."""
+    return object()
 
 
 @cache

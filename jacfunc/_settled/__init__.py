@@ -1,7 +1,6 @@
 """Calls of which nothing is left to learn but the numbers: evaluated again, and swept at once."""
 
 from jacfunc._settled.batch import SettledBatch
-from jacfunc._settled.carried import in_batches, with_settled_calls
 from jacfunc._settled.known_products import KnownProducts, lent_again, pulled, pushed
 from jacfunc._settled.products import ProductsAgain
 from jacfunc._settled.repeated import blocks_of, matrix_of

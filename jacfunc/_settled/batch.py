@@ -209,8 +209,8 @@ class SettledBatch:
         how = self.learned, self.by_layers, self.inputs, sources, reads
         own = RepeatedEvaluation(self.params(state), given.tensors, *how)
         own.is_batchable = self.is_batchable
-        # of many samples the graph must be that after which batches were compared
-        own.recorder.pulls_many = self.is_batchable or not self.is_alone
+        # of many samples the graph must be that after which batches were compared, if it is swept
+        own.recorder.pulls_many = sources is None and (self.is_batchable or not self.is_alone)
         own.recorder.samples = 0 if self.is_alone or self.learned.mixes else self.size
         return own
 

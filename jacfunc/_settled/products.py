@@ -59,7 +59,7 @@ class ProductsAgain:
         return self._point
 
     def product(self, tangents: Leaves, weigh: Callable[[Leaves], Leaves]) -> Leaves | None:
-        """``Jᵀ weigh(J v)`` of one vector, ``[1, *param]``; None where it is not written down.
+        """``Jᵀ weigh(J v)`` of one vector; None where it is not written down.
 
         Raises:
             ValueError: if tensors have changed that are no copies.
@@ -70,13 +70,12 @@ class ProductsAgain:
         originals = self._at_batch.call.state.originals
         if originals is not None:
             originals.check(self._at_batch.call.api)
-        vector = tuple([v[0] for v in tangents])
         with torch.set_grad_enabled(False):  # as no_grad, in fewer calls
             if len(point.sweeps) == 1:
-                made = point.made(0, (*vector, *self._beside((point.output.detach(),))))
-            elif (made := point.made(0, vector)) is not None:
+                made = point.made(0, (*tangents, *self._beside((point.output.detach(),))))
+            elif (made := point.made(0, tangents)) is not None:
                 made = point.made(1, tuple([u[0] for u in weigh((made[0][None],))]))
-        return None if made is None else tuple([x[None] for x in made])
+        return made
 
     def learn(
         self, tangents: Leaves, result: Leaves, products: PointProducts, outputs: Leaves

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from jacfunc._factored import METADATA
+from jacfunc._settled.following import Steps
 from jacfunc.layers import table
 
 
@@ -20,12 +21,14 @@ class Reads(NamedTuple):
         attends: may attention be among all operations? Then its kernel must be chosen.
         is_watched: must an evaluation be watched, as there was something to watch for? If not, one
             that calls the same operations needs no watch, though the function may catch errors.
+        steps: all operations that an evaluation calls, if later ones are compared with these.
     """
 
     operations: Mapping[int, Any]
     lent: Set[int]
     attends: bool = True
     is_watched: bool = True
+    steps: Steps | None = None
 
     @classmethod
     def of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import attrgetter
 from typing import Any
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import empty, owned, shared_units
-from jacfunc._errors import Refused, UnseenWrite
+from jacfunc._errors import UnseenWrite
 from jacfunc._factored import (
-    METADATA,
     UNSEEN_WRITE,
     Derived,
     Direct,
@@ -24,8 +23,7 @@ from jacfunc._factored import (
     graph_behind,
     use_recorder,
 )
-from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder
+from jacfunc._layouts import OperationRecorder
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -35,40 +33,13 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
+from jacfunc._settled.following import Following, PlainRecorder
 from jacfunc._settled.reads import Reads
 from jacfunc._torch import Graphs, Pull
 from jacfunc._traces import Sources
 from jacfunc._types import Leaves
-from jacfunc.layers import table
 
 _VERSION = attrgetter("_version")
-_REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
-
-
-class PlainRecorder(OperationRecorder):
-    """Numbers the operations of a function, of which no parameter is looked for.
-
-    Args:
-        lent: identities of parameters that are no copies.
-        reads: operations that are known to read such a parameter alone, by their numbers.
-    """
-
-    def __init__(self, lent: Container[int] = (), reads: Mapping[int, Any] | None = None) -> None:
-        super().__init__(None, _REFUSED, lent)
-        self._reads, self._openings = reads or {}, table().openings
-
-    def call(
-        self, number: int, func: Any, args: Args, kwargs: Mapping[str, Any], is_tracked: bool
-    ) -> Any:
-        if func in TAKES_DERIVATIVES:
-            raise Refused("the function takes a derivative itself, of what may stand for others")
-        if is_tracked and func in self._openings:  # as where uses were looked for
-            with self:
-                return self._openings[func](*args, **kwargs)
-        if is_tracked and func not in METADATA and self._reads.get(number) is not func:
-            raise Refused("a parameter that is no copy may be written into")
-        # nobody reads what retain_grad keeps, and a second sweep would add to that
-        return None if func is Tensor.retain_grad else func(*args, **kwargs)
 
 
 class RepeatedEvaluation:
@@ -111,10 +82,11 @@ class RepeatedEvaluation:
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
-        own = lambda x: writable_copy(differentiable_alias(x, False))  # noqa: E731
-        every = enumerate(tensors)
-        self.tensors: Leaves = tuple([own(x) if n in inputs else x.clone() for n, x in every])
-        self._params = (*params, *[tensors[n][0] for n in inputs]) if inputs else params
+        copies: list[Tensor] = []  # no comprehensions here, as every settled call makes these
+        for n, x in enumerate(tensors):
+            is_own = n in inputs
+            copies += (writable_copy(differentiable_alias(x, False)) if is_own else x.clone(),)
+        self.tensors: Leaves = tuple(copies)
         self.primals: Leaves = (*self.handles, *map(self.tensors.__getitem__, inputs))
         # a leaf stands for itself, as its node is made where it is used
         self.starts: dict[Any, int] = {x.grad_fn or id(x): n for n, x in enumerate(self.primals)}
@@ -123,16 +95,24 @@ class RepeatedEvaluation:
         if by_layers and reads is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, self._size)
         else:
-            ids = {*map(id, map(self.handles.__getitem__, lent))}
-            self.recorder = PlainRecorder(ids, reads and reads.operations)
+            self.recorder = self._recorder(sources, reads)
         if sources is not None:
             self.recorder.arguments = sources.arguments
             self._versions = [*map(_VERSION, self.handles)]
         # the function may write into these; where uses are known, nothing is pulled back
-        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
-        self._direct += map(Direct, range(count, len(self.primals)))
-        direct = [] if reads else self._direct
-        self._anchors = [Anchor.behind(self.primals[each.number]) for each in direct]
+        if reads is None:
+            self._params = (*params, *[tensors[n][0] for n in inputs])
+            self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
+            self._direct += map(Direct, range(count, len(self.primals)))
+            direct = [self.primals[each.number] for each in self._direct]
+            self._anchors = [*map(Anchor.behind, direct)]
+
+    def _recorder(self, sources: Sources | None, reads: Reads | None) -> PlainRecorder:
+        """What records operations where no use of a parameter is looked for."""
+        ids = {*map(id, map(self.handles.__getitem__, self._lent))}
+        if sources is None or reads is None or reads.steps is None:
+            return PlainRecorder(ids, reads and reads.operations)
+        return Following(reads.steps, ids, reads.operations, sources.arguments)
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into, where sources are kept.

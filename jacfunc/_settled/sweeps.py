@@ -16,6 +16,7 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.alone import SettledModule, are_alone
+from jacfunc._settled.following import Following, Steps
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._torch import MathAttention, may_attend, recording
@@ -71,7 +72,8 @@ class Sweep:
             raise Nameless("the next evaluation may have another graph")
         reads = own.reads(sources.arguments)
         attends = may_attend(recorder.operations)
-        self.reads = reads._replace(attends=attends, is_watched=own.is_watched)
+        watched = own.is_watched
+        self.reads = reads._replace(attends=attends, is_watched=watched, steps=Steps())
         # without layers parameters are read where autograd has saved them alone
         self._layers = [*self.reads.operations] if isinstance(recorder, UseRecorder) else []
         leaves = self._leaves(sources, (out, *beside))
@@ -105,6 +107,8 @@ class Sweep:
         self._work.hold_for(leaves)
         if self._outline is None or not self.holds_for(evaluated):
             return False
+        if isinstance(recorder := own.recorder, Following):
+            self.reads = self.reads._replace(steps=recorder.known())
         results = self.replayed(sources, out, beside)
         return results is not None and agree(results, expected)
 
@@ -224,9 +228,8 @@ def evaluated_with_sources(
     """
     if settled.names and state.hooks():
         return None
-    sources = Sources()
-    attention = MathAttention() if reads is None or reads.attends else nullcontext()
-    with recording(), attention:
+    attends, sources = reads is None or reads.attends, Sources()
+    with recording(), MathAttention() if attends else nullcontext():
         own = settled.repeated(state, given, sources, reads)
         with sources.saving():
             out = settled.run(state, given, own, own.recorder)

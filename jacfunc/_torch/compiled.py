@@ -138,11 +138,6 @@ def uncompiled() -> Iterator[None]:
         raise
 
 
-def _other_settings() -> tuple[Any, ...]:
-    """What torch's own guard of settings does not look at."""
-    return torch.is_inference_mode_enabled(), *map(torch.get_autocast_dtype, ("cpu", "cuda"))
-
-
 _DROPPING = "dropout_p", "dropout", "training", "train"
 """Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
 
@@ -220,8 +215,9 @@ class Graphs:
     def guard_of_settings() -> Callable[[], bool]:
         """Tells whether torch's settings (gradients, autocast, dtype, threads) are those of now."""
         is_same: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check
-        others = _other_settings()
-        return lambda: is_same() and _other_settings() == others
+        is_inference, now = torch.is_inference_mode_enabled, torch.get_autocast_dtype
+        others = is_inference(), now("cpu"), now("cuda")  # which that does not look at
+        return lambda: is_same() and (is_inference(), now("cpu"), now("cuda")) == others
 
     @staticmethod
     def guard_of_tensors(tensors: Leaves) -> Callable[..., bool]:

@@ -84,7 +84,7 @@ class Executable:
 
     def __call__(self, inputs: Leaves) -> Any:
         """The outputs, without a graph."""
-        taken = [inputs[number] for number in self.used]
+        taken = [*map(inputs.__getitem__, self.used)]  # no comprehension: as small calls are many
         run = self._run or self._compiled(taken)
         return uncast(run, self._takes_graphs, *taken, *self._constants)
 
@@ -139,7 +139,7 @@ class WrittenWork:
         for number, first in self._repeated.items():
             if sources[number] is not sources[first]:
                 return None
-        once = [sources[number] for number in self._once]
+        once = map(sources.__getitem__, self._once)
         if not (self._are_alike(*once) and self._are_settings()):
             return None
         places = [*map(Tensor.data_ptr, sources)] if self._aliases else []

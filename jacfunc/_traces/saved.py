@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 from weakref import ref
@@ -43,7 +43,7 @@ class Sources:
     saved: list[Tensor] = field(default_factory=list)
     bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
-    arguments: dict[int, list[Tensor]] = field(default_factory=dict)
+    arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
 
     @property
@@ -178,7 +178,10 @@ class _Reader(NamedTuple):
 
     def values(self, node: Any, told: Sequence[Tensor]) -> list[Any]:
         """The values of a node; see :func:`outline`."""
-        values = [self.sure(node), *[_without_tensors(getattr(node, name)) for name in self.unsure]]
+        values = [self.sure(node)]
+        for saved in map(getattr, repeat(node), self.unsure):
+            is_nothing = saved is None or (type(saved) is tuple and not saved)
+            values += (saved if is_nothing else _without_tensors(saved),)
         for name in self.factors:
             factor = getattr(node, name)
             if _is_number(factor) and not any(factor is tensor for tensor in told):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from jacfunc._assembly import DiagonalSink
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._carried import with_settled_calls
 from jacfunc._forward_laplacian import SecondDerivatives, SecondOrder
 from jacfunc._planning import compilable, resolve
-from jacfunc._settled import with_settled_calls
 from jacfunc._showing import named
 from jacfunc._types import Argnums, First, Func, FunctionOf, Memory, No, OfOne, Tree
 from jacfunc.strategies import Strategy, evaluate, worded

@@ -17,13 +17,13 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 # comprehensions are functions
 MOST = {
     "jacrev": (48, 135),
-    "module_jacobian, per sample": (196, 577),
-    "module_jacobian, by inputs": (132, 360),
-    "module_jacobian, by layers": (125, 342),
-    "ntk": (151, 422),
-    "ggn, diagonal": (215, 637),
-    "ggn, product": (220, 657),
-    "gradient_norms": (132, 352),
+    "module_jacobian, per sample": (182, 546),
+    "module_jacobian, by inputs": (108, 297),
+    "module_jacobian, by layers": (110, 302),
+    "ntk": (138, 378),
+    "ggn, diagonal": (192, 528),
+    "ggn, product": (196, 548),
+    "gradient_norms": (118, 312),
     "lstsq": (357, 920),
 }
 

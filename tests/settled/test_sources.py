@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jacfunc._settled.repeated import PlainRecorder
+from jacfunc._settled.following import PlainRecorder
 from jacfunc._traces import Sources
 from tests.house.calls import is_own, num_calls
 

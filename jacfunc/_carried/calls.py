@@ -13,11 +13,11 @@ from torch import Tensor
 
 from jacfunc._assembly import owned
 from jacfunc._calls import reaches_module
+from jacfunc._carried.steps import StepRecorder
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._rounding import agree
-from jacfunc._settled.steps import StepRecorder
 from jacfunc._torch import RandomState, holds_nan, is_undisturbed, sweep_batch
 from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_KEPT, MOST_MISSES, WrittenWork
 from jacfunc._trees import Structure, flatten, unflatten
