@@ -1,3 +1,3 @@
-"""Second derivatives that are carried forward, written down: a function's operations are compared."""
+"""Second derivatives carried forward, written down: what a function does is compared."""
 
 from jacfunc._carried.calls import in_batches, with_settled_calls
