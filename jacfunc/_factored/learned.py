@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -81,6 +82,18 @@ class LearnedUses:
     def moves_anew(self, seen: WhatWasSeen) -> bool:
         """Were numbers moved to where others say with which no comparison was made before?"""
         return seen.moves_samples and seen.signature not in self.compared_moves
+
+    def knows(self, seen: WhatWasSeen, compared: Container[int]) -> bool:
+        """Does what was learned of many samples hold for an evaluation with these operations?
+
+        Args:
+            compared: signatures of evaluations after which batches were compared.
+        """
+        # asked of few: most move none
+        if (seen.moves_samples and self.moves_anew(seen)) or self.moves_samples or self.others:
+            return False
+        signature, is_told = seen.signature, seen.reads_values or not self.mixes
+        return is_told and signature in self.signatures and signature in compared
 
     def learn_moves(self, seen: WhatWasSeen) -> None:
         """Take in that batches were compared after an evaluation that has moved numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
@@ -109,8 +109,8 @@ class SettledBatch:
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
         known.calls += 1
-        pullbacks: Any = jacobian.linearization
-        self.is_batchable = pullbacks.is_batchable
+        self.is_batchable = getattr(jacobian.linearization, "is_batchable")  # noqa: B009
+        del jacobian  # its graph need not stay while another one is made
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, given, tensors, result)
         return result
@@ -183,7 +183,7 @@ class SettledBatch:
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
             as_evaluated = state.as_evaluated() if self.names or own.recorder.reads_values else None
             jacobian, self.graph = own.jacobian(out, as_evaluated), own.recorder.graph
-        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
+        if jacobian is None or not (self.is_alone or self.learned.knows(jacobian, compared)):
             return None
         if jacobian.reads_values and not self.are_alone(state, given, out):
             return None

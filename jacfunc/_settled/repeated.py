@@ -25,7 +25,7 @@ from jacfunc._factored import (
     use_recorder,
 )
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder, WhatWasSeen
+from jacfunc._layouts import Args, OperationRecorder
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -126,7 +126,10 @@ class RepeatedEvaluation:
             ids = {*map(id, map(self.handles.__getitem__, lent))}
             self.recorder = PlainRecorder(ids, reads and reads.operations)
         if sources is not None:
-            self.recorder.arguments = sources.arguments
+            self.recorder.kinds, self.recorder.arguments = sources.kinds, sources.arguments
+            by_uses = reads.operations if reads else learned.uses
+            # without layers autograd has saved what a sweep reads
+            self.recorder.wanted = by_uses if by_layers else () if reads or not count else None
             self._versions = [*map(_VERSION, self.handles)]
         # the function may write into these; where uses are known, nothing is pulled back
         self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
@@ -190,19 +193,6 @@ class RepeatedEvaluation:
             moves_unseen=recorder.moves_unseen,
             reads_values=recorder.reads_values,
         )
-
-
-def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
-    """Does what was learned of many samples hold for an evaluation with these operations?
-
-    Args:
-        compared: signatures of evaluations after which batches were compared.
-    """
-    is_new = seen.moves_samples and learned.moves_anew(seen)  # asked of few: most move none
-    if is_new or learned.moves_samples or learned.others:
-        return False
-    signature, is_told = seen.signature, seen.reads_values or not learned.mixes
-    return is_told and signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

@@ -97,10 +97,12 @@ class SettledRows:
         if block is None:
             return None
         self._calls += 1
+        out = at.out.detach()
+        del at  # its graph need not stay while another one is made
         if self._calls == FEWEST_CALLS and not self._is_second:
             ways = (False, True) if self._is_free else (self._is_looped,)
             self._written = written_rows(self._evaluated, x, block, ways)
-        return at.out, block
+        return out, block
 
     def _evaluated(self, x: Tensor) -> AtPoint:
         """The function at a copy of a point, while autograd records."""

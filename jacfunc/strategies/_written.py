@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from jacfunc._errors import Nameless
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._torch import Graphs, RandomState
-from jacfunc._traces import MOST_BYTES, MOST_KEPT, Sources, WrittenWork, are_same, outline
+from jacfunc._traces import MOST_BYTES, Sources, WrittenWork, fingerprint, outline
 from jacfunc._types import Leaves
 
 MOST_ROWS = 16
@@ -58,7 +57,8 @@ class WrittenRows:
     def replayed(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where it does not hold."""
         result, saved = None, _Saved.at(x, self._evaluate)
-        if saved is not None and saved.is_whole and saved.outline == self._outline:
+        is_like = saved is not None and saved.outline == self._outline
+        if saved is not None and is_like and saved.sources.are_as_saved:
             with torch.set_grad_enabled(False):
                 result = self._work.result(saved.leaves)
         self.misses = 0 if result is not None else self.misses + 1
@@ -74,13 +74,10 @@ class _Saved(NamedTuple):
 
     @classmethod
     def at(cls, x: Tensor, evaluate: Evaluate) -> Self | None:
-        """One at this point; None if it saves too much, or sets hooks, which may do anything."""
+        """One at this point; None if it sets hooks, which may do anything."""
         sources, hooks, first = Sources(moments=[]), RemovableHandle.next_id, Graphs.num_nodes()
-        try:
-            with sources.saving():
-                at = evaluate(x)
-        except Nameless:
-            return None
+        with sources.saving():
+            at = evaluate(x)
         if type(at.out) is not Tensor or RemovableHandle.next_id != hooks:
             return None
         told, moments = sources.saved, sources.moments
@@ -92,9 +89,9 @@ class _Saved(NamedTuple):
         return *self.sources.saved, self.evaluated.out
 
     @property
-    def is_whole(self) -> bool:
-        """Is all there, as it was saved?"""
-        return self.sources.bytes_left >= 0 and self.sources.are_as_saved
+    def fingerprint(self) -> Any:
+        """What is equal for evaluations that are equal, without their tensors."""
+        return self.outline, list(map(fingerprint, self.leaves))
 
     def written(self, is_looped: bool) -> WrittenWork:
         """The sweep of all rows, written down."""
@@ -102,7 +99,7 @@ class _Saved(NamedTuple):
         def swept() -> Leaves:
             return (self.evaluated.block(is_looped),)
 
-        return WrittenWork(swept, self.leaves, MOST_KEPT)
+        return WrittenWork(swept, self.leaves)
 
 
 def written_rows(
@@ -131,22 +128,22 @@ def written_rows(
 def _written_rows(
     evaluate: Evaluate, x: Tensor, expected: Tensor, ways: tuple[bool, ...]
 ) -> WrittenRows | None:
-    first = _Saved.at(x, evaluate)
-    if first is None or first.outline is None:
+    saved = _Saved.at(x, evaluate)
+    if saved is None or saved.outline is None:
         return None
-    works = list(map(first.written, ways))
-    second = _Saved.at(x, evaluate)
-    if second is None or not second.is_whole or second.outline != first.outline:
-        return None
-    if not all(map(are_same, first.leaves, second.leaves)):
+    works, known = list(map(saved.written, ways)), saved.fingerprint
+    del saved  # before there is another one
+    saved = _Saved.at(x, evaluate)
+    if saved is None or not saved.sources.are_as_saved or saved.fingerprint != known:
         return None
     timed: list[float] = []
     with torch.set_grad_enabled(False):
         for work in works:
-            work.hold_for(second.leaves)
-            result = work.result(second.leaves)
+            work.hold_for(saved.leaves)
+            result = work.result(saved.leaves)
             if result is None or not agree(result, (expected,)):
                 return None
-            again = partial(work.result, second.leaves)
+            del result  # before there is another one
+            again = partial(work.result, saved.leaves)
             timed.append(min(timeit.repeat(again, number=1, repeat=3)))
-    return WrittenRows(evaluate, works[timed.index(min(timed))], first.outline)
+    return WrittenRows(evaluate, works[timed.index(min(timed))], saved.outline)
