@@ -19,7 +19,7 @@ from jacfunc._log import note
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._rounding import agree
 from jacfunc._torch import RandomState, holds_nan, is_undisturbed, sweep_batch
-from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_KEPT, MOST_MISSES, WrittenWork
+from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_MISSES, WrittenWork
 from jacfunc._trees import Structure, flatten, unflatten
 from jacfunc._types import Leaves, Tree
 
@@ -96,7 +96,7 @@ class SettledCarrying:
         sources = x, *steps.roots
         if sum(source.nbytes for source in (*sources, *expected)) > MOST_BYTES:
             return None
-        work = WrittenWork(lambda: self._results(steps.again, x), sources, MOST_KEPT)
+        work = WrittenWork(lambda: self._results(steps.again, x), sources)
         results = work.result(sources)
         if results is None or not agree(results, expected):
             return None

@@ -10,7 +10,7 @@ import torch
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._torch import is_undisturbed
-from jacfunc._traces import MOST_BYTES, MOST_KEPT, WrittenWork
+from jacfunc._traces import MOST_BYTES, WrittenWork
 from jacfunc._types import Leaves
 
 FEWEST_ANSWERS = 4
@@ -44,7 +44,7 @@ class Answers:
         if sum(x.nbytes for x in expected) > MOST_BYTES:
             return
         try:
-            written = WrittenWork(make, sources, MOST_KEPT)
+            written = WrittenWork(make, sources)
             result = written.result(sources)
         except Exception as error:  # it goes on as before
             note("an answer from rows is not written down: %s", error)

@@ -11,6 +11,7 @@ from jacfunc._layouts.mixing import Mixing
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     FEWEST_PULLED,
+    KIND,
     Args,
     OperationRecorder,
     begins,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +34,7 @@ Args: TypeAlias = tuple[Any, ...]
 Ids: TypeAlias = Container[int]
 
 _ROWS = frozenset({tuple, list, torch.Size})
+KIND = attrgetter("shape", "dtype")
 
 FEWEST_PULLED = 2**11
 """From so many numbers on it pays to look for an operation whose pullback is faster."""
@@ -72,8 +74,11 @@ class OperationRecorder(TorchFunctionMode):
         self, listener: Listener | None = None, noticed: Collection[Any] = (), tracked: Ids = ()
     ) -> None:
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
-        self.arguments: dict[int, Sequence[Tensor]] | None = None
-        """The tensors that operations get, by the numbers of these, if somebody wants them."""
+        self.kinds: list[Any] | None = None
+        """Shapes and dtypes of the tensors that operations get, if somebody wants them."""
+        self.arguments: dict[int, Sequence[Tensor]] = {}
+        """These tensors, by the numbers of operations that are wanted; all else may be freed."""
+        self.wanted: Container[int] | None = None  # which are all of them
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
         self.apart = set[int]()
@@ -107,8 +112,9 @@ class OperationRecorder(TorchFunctionMode):
             if not all(x.is_floating_point() for x in buffers):
                 every = [x for x in module.buffers() if not x.is_floating_point()]
                 self._buffers = [(x, x._version) for x in every if not x.is_inference()]
-        if self.arguments is not None:
-            self.arguments.clear()
+        self.arguments.clear()
+        if self.kinds is not None:
+            self.kinds.clear()
         if self._listener is not None:
             self._listener.begin()
         self._is_over = False
@@ -144,12 +150,14 @@ class OperationRecorder(TorchFunctionMode):
                 is_tracked = is_tracked or are_among((value,), tracked)
             if kind is Tensor:
                 tensors += (value,)
-            elif self.arguments is not None:
+            elif self.kinds is not None:
                 tensors += tensors_in((value,))
         if func in TELLING:
             self._note_telling(func, args, kwargs)
-        if self.arguments is not None:
-            self.arguments[number] = tensors
+        if self.kinds is not None:
+            self.kinds += map(KIND, tensors)
+            if self.wanted is None or number in self.wanted:
+                self.arguments[number] = tensors
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case

@@ -198,7 +198,7 @@ def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     return dtypes
 
 
-_OF_SIZES = "size", "stride", "numel"
+_OF_SIZES = "size", "stride", "numel", "_saved_N"  # as normalization over groups names samples
 
 
 def graph_number(tensors: Iterable[Tensor], ends: Iterable[Any]) -> int:

@@ -23,3 +23,4 @@ from jacfunc._memory.limits import (
     STAGED_BYTES,
 )
 from jacfunc._memory.reading import bytes_in
+from jacfunc._memory.unallocated import Unallocated

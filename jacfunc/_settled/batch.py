@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ class SettledBatch:
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
         known.calls += 1
-        pullbacks: Any = jacobian.linearization
-        self.is_batchable = pullbacks.is_batchable
+        self.is_batchable = getattr(jacobian.linearization, "is_batchable")  # noqa: B009
+        del jacobian  # its graph need not stay while another one is made
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, given, tensors, result)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacfunc._errors import Refused
 from jacfunc._factored import METADATA
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import TELLING, VALUES, Args, OperationRecorder
+from jacfunc._layouts import KIND, TELLING, VALUES, Args, OperationRecorder
 from jacfunc.layers import table
 
 _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
@@ -86,18 +86,10 @@ class Following(PlainRecorder):
         steps: the known ones; if there are none yet, they are noted there.
         lent: identities of parameters that are no copies.
         reads: operations that are known to read such a parameter alone, by their numbers.
-        arguments: gets the tensors that operations get, by the numbers of these.
     """
 
-    def __init__(
-        self,
-        steps: Steps,
-        lent: Set[int],
-        reads: Mapping[int, Any],
-        arguments: dict[int, Sequence[Tensor]],
-    ) -> None:
+    def __init__(self, steps: Steps, lent: Set[int], reads: Mapping[int, Any]) -> None:
         super().__init__(lent, reads)
-        self.arguments = self._taken = arguments
         self._lent, self._steps, self._is_known = lent, steps, steps.signature is not None
         self._count, self._is_lost, self._is_told = 0, False, False
 
@@ -130,7 +122,10 @@ class Following(PlainRecorder):
             is_like = func == known and (*map(type, row),) == kinds and row[lead:] == values
             if is_like and (reads or not (lent := self._lent) or lent.isdisjoint(map(id, row))):
                 self.num_followed += length
-                self._taken[at] = row[:lead]
+                if self.kinds is not None:
+                    self.kinds += map(KIND, row[:lead])
+                if self.wanted is None or at in self.wanted:
+                    self.arguments[at] = row[:lead]
                 return func(*args, **kwargs) if kwargs else func(*args)
             self._is_lost = True
         return super().__torch_function__(func, types, args, kwargs)

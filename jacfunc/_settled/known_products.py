@@ -111,7 +111,6 @@ class KnownProducts:
             if evaluated is None or not first.holds_for(evaluated):
                 return None
             own, sources, out = evaluated
-            sources.arguments.clear()  # they are compared now, and would be kept with the point
             return None if own.recorder.reads_values else WrittenPoint(sweeps, sources, out)
 
         try:
@@ -192,16 +191,17 @@ def _written(
     settled = SettledBatch(batch, tuple(state.point), output, is_watched, by_layers=False)
     settled.is_alone = True  # as one sample is, by the parameters as they are
     settled.is_batchable = False  # one cotangent is pulled back at a time
-    first = evaluated_with_sources(settled, state, given)
+    evaluated = evaluated_with_sources(settled, state, given)
     # what Python reads may lead a batch another way than its samples, which others look for
-    if first is None or first[0].recorder.reads_values:
+    if evaluated is None or evaluated[0].recorder.reads_values:
         return None
     pair = zip(steps, pairs, strict=True)
-    sweeps = [Sweep(first, beside, work) for work, (beside, _) in pair]
-    second = evaluated_with_sources(settled, state, given, sweeps[0].reads)
-    if second is None:
+    sweeps = [Sweep(evaluated, beside, work) for work, (beside, _) in pair]
+    del evaluated  # before there is another one
+    evaluated = evaluated_with_sources(settled, state, given, sweeps[0].reads)
+    if evaluated is None:
         return None
-    fit = [sweep.fits(second, *pair) for sweep, pair in zip(sweeps, pairs, strict=True)]
+    fit = [sweep.fits(evaluated, *pair) for sweep, pair in zip(sweeps, pairs, strict=True)]
     return (settled, sweeps) if all(fit) else None
 
 

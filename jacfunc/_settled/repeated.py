@@ -97,7 +97,10 @@ class RepeatedEvaluation:
         else:
             self.recorder = self._recorder(sources, reads)
         if sources is not None:
-            self.recorder.arguments = sources.arguments
+            self.recorder.kinds, self.recorder.arguments = sources.kinds, sources.arguments
+            by_uses = reads.operations if reads else learned.uses
+            # without layers autograd has saved what a sweep reads
+            self.recorder.wanted = by_uses if by_layers else () if reads or not count else None
             self._versions = [*map(_VERSION, self.handles)]
         # the function may write into these; where uses are known, nothing is pulled back
         if reads is None:
@@ -112,7 +115,7 @@ class RepeatedEvaluation:
         ids = {*map(id, map(self.handles.__getitem__, self._lent))}
         if sources is None or reads is None or reads.steps is None:
             return PlainRecorder(ids, reads and reads.operations)
-        return Following(reads.steps, ids, reads.operations, sources.arguments)
+        return Following(reads.steps, ids, reads.operations)
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into, where sources are kept.

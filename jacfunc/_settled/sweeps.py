@@ -22,11 +22,10 @@ from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import (
     MOST_BYTES,
-    MOST_KEPT,
     MOST_MISSES,
     Sources,
     WrittenWork,
-    are_same,
+    fingerprint,
     outline,
 )
 from jacfunc._trees import Given
@@ -88,8 +87,8 @@ class Sweep:
             self._like = getattr(result, "like", tuple)
             return result
 
-        self._work = WrittenWork(made, leaves, MOST_KEPT)
-        self._values = leaves
+        self._work = WrittenWork(made, leaves)
+        self._fingerprints = list(map(fingerprint, leaves))
         recorder.graph = self._graph = graph
         self._signature = recorder.signature
         self._kinds = sources.kinds
@@ -100,8 +99,8 @@ class Sweep:
         No uses are looked for in that. From then on the sweep holds for evaluations like it.
         """
         own, sources, out = evaluated
-        leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
-        if len(leaves) != len(values) or not all(map(are_same, leaves, values)):
+        leaves = self._leaves(sources, (out, *beside))
+        if list(map(fingerprint, leaves)) != self._fingerprints:
             return False
         self._outline = outline(out, own.starts, own.first, sources.saved)
         self._work.hold_for(leaves)
@@ -203,13 +202,14 @@ class KnownWork:
         """Write down how this result is made, if that can be."""
         if sum(x.nbytes for x in result) > MOST_BYTES:
             return
-        first = evaluated_with_sources(settled, state, given)
-        if first is None:
+        evaluated = evaluated_with_sources(settled, state, given)
+        if evaluated is None:
             return
         try:
-            sweep = Sweep(first, beside, self.work, settled.graph)
-            second = evaluated_with_sources(settled, state, given, sweep.reads)
-            if second is not None and sweep.fits(second, beside, result):
+            sweep = Sweep(evaluated, beside, self.work, settled.graph)
+            del evaluated  # before there is another one
+            evaluated = evaluated_with_sources(settled, state, given, sweep.reads)
+            if evaluated is not None and sweep.fits(evaluated, beside, result):
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)

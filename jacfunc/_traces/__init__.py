@@ -9,5 +9,5 @@ from jacfunc._traces.executable import (
     Executable,
     WrittenWork,
 )
-from jacfunc._traces.saved import MOST_BYTES, MOST_KEPT, Sources, are_same, outline
+from jacfunc._traces.saved import MOST_BYTES, Sources, fingerprint, outline
 from jacfunc._traces.traced import traced

@@ -130,7 +130,8 @@ def _reduce_base(graph: GraphModule, node: Node) -> None:
     with graph.graph.inserting_before(node):
         reduced = graph.graph.call_function(func, (base, *settings, dims), node.kwargs)
         kept = [n for dim, n in enumerate(shape) if dim not in dims]
-        reduced.meta["val"] = node.meta["val"].reshape(kept)
+        kind: Any = {"dtype": node.meta["val"].dtype, "device": "meta"}
+        reduced.meta["val"] = torch.empty(kept, **kind)
         new = graph.graph.call_function(_ATEN.view.default, (reduced, [*node.meta["val"].shape]))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new if kind_of(new) != kind_of(reduced) else reduced)

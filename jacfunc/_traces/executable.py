@@ -106,20 +106,15 @@ class WrittenWork:
     Args:
         work: is done once, to be written down.
         sources: all tensors that it gets from outside.
-        most_bytes: it is given up where the work makes more than so many bytes.
 
     Raises:
         Nameless: if it can't be written down.
     """
 
-    def __init__(self, work: Callable[[], Leaves], sources: Leaves, most_bytes: int) -> None:
-        graph = written_down(work, sources, most_bytes)
-        nodes = [*graph.graph.nodes]
+    def __init__(self, work: Callable[[], Leaves], sources: Leaves) -> None:
+        graph = written_down(work, sources)
         detached = tuple([source.detach() for source in sources])
         self._executable = Executable(graph, detached, 0, Compiler("replay"))
-        self._executable(detached)  # compiled now, so that the graph and its tensors can go
-        for node in (*nodes, *self._executable.graph.graph.nodes):
-            node.meta.clear()  # it holds all tensors that were computed while the graph was made
         # the tape knows tensors by where they lie in memory, so two at one place count as one
         self._aliases = _repeated([*map(Tensor.data_ptr, sources)])
         self.hold_for(sources)

@@ -14,7 +14,7 @@ from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
 MOST_FOLDED_BYTES = 2**26
-"""Larger constants are computed at each call."""
+"""So many bytes are kept; further constants are computed at each call."""
 
 _ATEN = torch.ops.aten
 
@@ -90,10 +90,12 @@ def _folded(graph: GraphModule) -> dict[Node, Tensor]:
     values = _values_of(graph, fixed)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     constants: dict[Node, Tensor] = {}
+    bytes_left = MOST_FOLDED_BYTES
     for node in frontier:
         value = values[node]
         is_kept = isinstance(value, Tensor) and not value.is_meta
-        if is_kept and value.nbytes <= MOST_FOLDED_BYTES:
+        if is_kept and value.nbytes <= bytes_left:
+            bytes_left -= value.nbytes
             last = [*inputs, *constants][-1] if inputs or constants else None
             with graph.graph.inserting_after(last):
                 new = graph.graph.placeholder(f"constant_{len(constants)}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from ctypes import c_char
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, repeat
+from hashlib import sha256
+from itertools import repeat
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 from weakref import ref
@@ -16,17 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from jacfunc._errors import Nameless
 from jacfunc._torch import Graphs
 
-_KIND, _VERSION = attrgetter("shape", "dtype"), attrgetter("_version")
+_VERSION = attrgetter("_version")
 _KIND_OF_RESULT = attrgetter("shape", "dtype", "device")
 
 MOST_BYTES = 2**25
 """What makes a result of more takes so long that it does not matter what calls it."""
-
-MOST_KEPT = 2**26
-"""So many bytes are saved, and as many made and kept, while a sweep is written down."""
 
 
 @dataclass(eq=False)
@@ -36,13 +34,14 @@ class Sources:
     Args:
         saved: what autograd has saved, in order.
         versions: how often torch had written into each of these by then.
-        arguments: what operations got, by the numbers of these.
+        kinds: shapes and dtypes of what operations got, of constants, too.
+        arguments: what some of them got, by their numbers.
         moments: how many nodes were made until each was saved, if nobody numbers operations.
     """
 
     saved: list[Tensor] = field(default_factory=list)
-    bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
+    kinds: list[Any] = field(default_factory=list)
     arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
 
@@ -51,25 +50,13 @@ class Sources:
         """Was nothing of it written into since? Torch compares that where it sweeps a graph."""
         return [*map(_VERSION, self.saved)] == self.versions
 
-    @property
-    def kinds(self) -> list[Any]:
-        """Shapes and dtypes of what operations got, of constants, too."""
-        return [*map(_KIND, chain.from_iterable(self.arguments.values()))]
-
     def saving(self) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves, and gets it back from here.
-
-        Raises:
-            Nameless: if that is more than is kept beside the graph of an answer before.
-        """
+        """A context in which autograd tells what it saves, and gets it back from here."""
         # a graph that held its own tensors by such hooks would never be freed
         here = ref(self)
 
         def keep(tensor: Tensor) -> int:
             sources: Sources = here()  # type: ignore[assignment]
-            sources.bytes_left -= tensor.nbytes
-            if sources.bytes_left < 0:
-                raise Nameless("it saves more than is kept while a sweep is written down")
             sources.saved += (tensor,)
             sources.versions += (tensor._version,)
             if sources.moments is not None:
@@ -85,14 +72,18 @@ class Sources:
         return hooks
 
 
-def are_same(one: Tensor, other: Tensor) -> bool:
-    """Are two tensors of two evaluations equal, but for memory that nobody has written?
+def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """What is equal for tensors of two evaluations that are equal, in a few bytes.
 
-    A kernel may keep bytes for its backward pass of which it has written some alone.
+    A kernel may keep bytes for its backward pass of which it has written some alone: these do not
+    count.
     """
-    if one.dtype == other.dtype == torch.uint8:
-        return one.shape == other.shape
-    return torch.equal(one, other)
+    kind = tensor.shape, tensor.dtype
+    if tensor.dtype == torch.uint8:
+        return kind
+    numbers = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    held = (c_char * numbers.nbytes).from_address(numbers.data_ptr())
+    return *kind, sha256(held).digest()
 
 
 _OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from operator import getitem
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from jacfunc._errors import Nameless
-from jacfunc._memory import DispatchMode
+from jacfunc._memory import DispatchMode, Unallocated
 from jacfunc._torch import Graphs
 from jacfunc._traces.traced import depends_on_numbers
 from jacfunc._types import Leaves
@@ -31,45 +32,55 @@ _BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default})
 Place: TypeAlias = tuple[Any, ...]
 
 
-def written_down(work: Callable[[], Leaves], sources: Leaves, most_bytes: int) -> GraphModule:
+def written_down(work: Callable[[], Leaves], sources: Leaves) -> GraphModule:
     """The operations of ``work``, which is done once, as a graph of the ``sources``.
 
     The graph holds wherever the sources are of the same kind and lie in memory in the same way, as
     long as the work chooses what it does by nothing else. Unlike a trace it sees the work as it
-    runs, with tensors that autograd has kept. All that the work makes is kept meanwhile.
+    runs, with tensors that autograd has kept. What the work makes is freed as it would be else.
 
     Args:
         sources: all tensors that the work gets from outside.
-        most_bytes: it is given up where the work makes more than so many bytes.
 
     Raises:
         Nameless: if code that is neither jacfunc's nor torch's runs in the work, or if it gets
             other tensors, reads numbers, or draws some.
     """
-    tape = _Tape(sources, most_bytes, f"{work.__module__}.")
+    tape = _Tape(sources, f"{work.__module__}.")
     with tape:
         results = work()
     if tape.failure is not None:  # the work may have caught it, and gone another way
-        raise tape.failure
+        raise Nameless(tape.failure)
     tape.graph.output(tuple(map(tape.node_of, results)))
     tape.forget_what_nobody_reads()
     return GraphModule(torch.nn.Module(), tape.graph)
 
 
+class _Memory(NamedTuple):
+    """A tensor's memory while it lives: once that is freed, others may lie at its address.
+
+    Args:
+        storage: tells whether it lives.
+        nodes: that stand for tensors in it, by what tells these from each other.
+        every: all of them in order, those of tensors that were written into since, too.
+    """
+
+    storage: ref[torch.UntypedStorage]
+    nodes: dict[Place, Node]
+    every: list[Node]
+
+
 class _Tape(DispatchMode):
     """Writes operators down as nodes, and knows tensors by where they lie in memory."""
 
-    def __init__(self, sources: Leaves, most_bytes: int, own_module: str) -> None:
+    def __init__(self, sources: Leaves, own_module: str) -> None:
         super().__init__()
         self._trusted = own_module, *_OURS
         self.graph = Graph()
-        self._nodes: dict[Place, Node] = {}
-        self._by_memory: dict[int, list[Node]] = {}
+        self._by_memory: dict[int, _Memory] = {}
         self._written: dict[Node, list[Node]] = {}
         """For each operator that writes, all nodes in the memory that it writes into."""
-        self._kept: list[Any] = [sources]
-        self._bytes_left = most_bytes
-        self.failure: Nameless | None = None
+        self.failure: str | None = None  # an error would keep all frames that it came through
         self._sources: list[tuple[Tensor, Node]] = []
         for number, source in enumerate(sources):
             node = self.graph.placeholder(f"source_{number}")
@@ -87,7 +98,7 @@ class _Tape(DispatchMode):
         if not value.numel():  # where it comes from makes no difference
             kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
             return self.graph.call_function(_ATEN.empty.memory_format, ([*value.shape],), kind)
-        node = self._nodes.get(_place_of(value)) or self._reshaped(value)
+        node = self._memory_of(value).nodes.get(_place_of(value)) or self._reshaped(value)
         if node is None:
             raise Nameless(f"a tensor of shape {tuple(value.shape)} comes from elsewhere")
         return node
@@ -114,7 +125,7 @@ class _Tape(DispatchMode):
                 for func, argument in steps:
                     tensor = func(tensor, argument)
                     node = self.graph.call_function(func, (node, argument))
-                    node.meta["val"] = tensor
+                    node.meta["val"] = Unallocated(tensor)
                 self._note(node, value)
                 return node
         return None
@@ -125,7 +136,7 @@ class _Tape(DispatchMode):
         try:
             return self._called(func, args, kwargs or {})
         except Nameless as error:
-            self.failure = error
+            self.failure = str(error)
             raise
 
     def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -138,7 +149,6 @@ class _Tape(DispatchMode):
         node = self.graph.call_function(func, *taken)
         if func in _BY_ADDRESS or Graphs.draws(node) or depends_on_numbers(node):
             raise Nameless(f"{func} is called, which does not do the same each time")
-        self._kept.append((args, kwargs, result))
         if isinstance(result, Tensor):
             self._note(node, result)
         elif isinstance(result, tuple | list) and all(isinstance(x, _TENSORS) for x in result):
@@ -166,15 +176,18 @@ class _Tape(DispatchMode):
             frame = frame.f_back
 
     def _note(self, node: Node, tensor: Tensor) -> None:
-        node.meta["val"] = tensor
-        self._nodes[_place_of(tensor)] = node
-        memory = tensor.untyped_storage()
-        in_memory = self._by_memory.setdefault(memory.data_ptr(), [])
-        if not in_memory:
-            self._bytes_left -= memory.nbytes()
-        in_memory.append(node)
-        if self._bytes_left < 0:
-            raise Nameless("it makes more than is kept while it is written down")
+        node.meta["val"] = Unallocated(tensor)
+        memory = self._memory_of(tensor)
+        memory.nodes[_place_of(tensor)] = node
+        memory.every.append(node)
+
+    def _memory_of(self, tensor: Tensor) -> _Memory:
+        """What is known of the memory of a tensor that lives."""
+        storage = tensor.untyped_storage()
+        memory = self._by_memory.get(address := storage.data_ptr())
+        if memory is None or memory.storage() is None:
+            memory = self._by_memory[address] = _Memory(ref(storage), {}, [])
+        return memory
 
     def _note_write(self, node: Node, args: Any, kwargs: Any) -> None:
         """Mark all that shares memory with what an operator writes into."""
@@ -182,7 +195,7 @@ class _Tape(DispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             tensor = args[number] if number < len(args) else kwargs[argument.name]
-            in_memory = self._by_memory[tensor.untyped_storage().data_ptr()]
+            in_memory = self._memory_of(tensor).every
             self._written.setdefault(node, []).extend(in_memory)
             for sharing in in_memory:
                 sharing.meta["is_written"] = True
@@ -202,7 +215,6 @@ class _Tape(DispatchMode):
                 continue
             readers = [user for sharing in written or () for user in sharing.users]
             if all(numbers[reader] <= numbers[node] for reader in readers):
-                node.meta.clear()  # it holds what was computed
                 self.graph.erase_node(node)
 
 

@@ -78,9 +78,11 @@ class SettledRows:
         if block is None:
             return None
         self._calls += 1
+        out = at.out.detach()
+        del at  # its graph need not stay while another one is made
         if self._calls == FEWEST_CALLS and not self._is_second:
             self._written = written_block(lambda: self.evaluated, x, block, self._ways)
-        return at.out, block
+        return out, block
 
     def evaluated(self, x: Tensor) -> AtPoint:
         """The function at a copy of a point, while autograd records."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jacfunc._assembly import columns_to_blocks, owned, rows_to_blocks, unit_seeds
-from jacfunc._errors import Nameless
 from jacfunc._linear_map import (
     EVERY,
     Anchor,
@@ -26,11 +25,10 @@ from jacfunc._rounding import agree
 from jacfunc._torch import Graphs, RandomState, holds_nan
 from jacfunc._traces import (
     MOST_BYTES,
-    MOST_KEPT,
     MOST_MISSES,
     Sources,
     WrittenWork,
-    are_same,
+    fingerprint,
     outline,
 )
 from jacfunc._types import Leaves
@@ -99,14 +97,14 @@ class WrittenBlock:
         None for both if the evaluation can't be swept, as not all is there as it was saved.
         """
         block, saved = None, Saved.at(x, self._evaluate)
-        is_whole = saved is not None and saved.is_whole
-        if saved is not None and is_whole and saved.outline == self._outline:
+        is_whole = saved.sources.are_as_saved
+        if is_whole and saved.outline == self._outline:
             with torch.set_grad_enabled(False):
                 (block,) = self._work.result(saved.leaves) or (None,)
             if block is not None and self._is_checked and holds_nan(block):
                 block = None
         self._misses = 0 if block is not None else self._misses + 1
-        return (saved, block) if saved is not None and is_whole else None
+        return (saved, block) if is_whole else None
 
 
 class Saved(NamedTuple):
@@ -117,17 +115,11 @@ class Saved(NamedTuple):
     outline: Any
 
     @classmethod
-    def at(cls, x: Tensor, evaluate: Evaluate) -> Self | None:
-        """One at this point; None if it saves too much.
-
-        It has no outline if it sets hooks, which may do anything.
-        """
+    def at(cls, x: Tensor, evaluate: Evaluate) -> Self:
+        """One at this point, which has no outline if it sets hooks, as these may do anything."""
         sources, hooks, first = Sources(moments=[]), RemovableHandle.next_id, Graphs.num_nodes()
-        try:
-            with sources.saving():
-                at = evaluate(x)
-        except Nameless:
-            return None
+        with sources.saving():
+            at = evaluate(x)
         if type(at.out) is not Tensor or RemovableHandle.next_id != hooks:
             return cls(at, sources, None)
         told, moments = sources.saved, sources.moments
@@ -139,9 +131,9 @@ class Saved(NamedTuple):
         return *self.sources.saved, self.evaluated.out
 
     @property
-    def is_whole(self) -> bool:
-        """Is all there, as it was saved?"""
-        return self.sources.bytes_left >= 0 and self.sources.are_as_saved
+    def fingerprint(self) -> Any:
+        """What is equal for evaluations that are equal, without their tensors."""
+        return self.outline, list(map(fingerprint, self.leaves))
 
     def written(self, sweeps: Sweeps) -> WrittenWork | None:
         """The sweeps of the block, written down; None if they can't be."""
@@ -150,7 +142,7 @@ class Saved(NamedTuple):
             return (self.evaluated.block(sweeps),)
 
         try:
-            return WrittenWork(swept, self.leaves, MOST_KEPT)
+            return WrittenWork(swept, self.leaves)
         except Exception as error:  # calls are swept as before
             note("%s of a settled kind of call are not written down: %s", sweeps.over, error)
             return None
@@ -189,35 +181,36 @@ def written_block(
 def _written_block(
     evaluate: Evaluate, x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
 ) -> WrittenBlock | None:
-    first = Saved.at(x, evaluate)
-    if first is None or first.outline is None:
+    saved = Saved.at(x, evaluate)
+    if saved.outline is None:
         return None
-    works = [(work, way) for way in ways if (work := first.written(way)) is not None]
-    second = Saved.at(x, evaluate)
-    if second is None or not second.is_whole or second.outline != first.outline:
-        return None
-    if not all(map(are_same, first.leaves, second.leaves)):
+    works = [(work, way) for way in ways if (work := saved.written(way)) is not None]
+    known = saved.fingerprint
+    del saved  # before there is another one
+    saved = Saved.at(x, evaluate)
+    if not saved.sources.are_as_saved or saved.fingerprint != known:
         return None
     fit: list[tuple[WrittenWork, bool]] = []
 
     def run(work: WrittenWork, is_checked: bool) -> None:
-        result = work.result(second.leaves)
+        result = work.result(saved.leaves)
         if result is not None and is_checked:
             holds_nan(result[0])
 
     with torch.set_grad_enabled(False):
         for work, way in works:
-            work.hold_for(second.leaves)
-            result = work.result(second.leaves)
+            work.hold_for(saved.leaves)
+            result = work.result(saved.leaves)
             if result is not None and agree(result, (expected,)):
                 fit.append((work, is_pushed or way.are_pushes))
+            del result  # before there is another one
         rounds = range(ROUNDS if len(fit) > 1 else 1)
         seconds = [[timeit(partial(run, *each), number=1) for each in fit] for _ in rounds]
     if not fit:
         return None
     least = list(map(min, zip(*seconds, strict=True)))
     work, is_checked = fit[least.index(min(least))]
-    return WrittenBlock(evaluate, work, first.outline, is_checked)
+    return WrittenBlock(evaluate, work, saved.outline, is_checked)
 
 
 def only_block(linear: Linearization, x: Tensor, sweeps: Sweeps) -> Tensor:

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
-from jacfunc._errors import Nameless
-from jacfunc._traces import Sources
 from tests.curvature.test_norms_settled import batch
 from tests.modules.test_settled_layers import (
     BEFORE,
@@ -385,19 +383,6 @@ def test_no_product_is_memory_of_the_sweep() -> None:
     for block in first.values():
         block.zero_()
     assert_same(G @ v, before)
-
-
-def test_an_evaluation_that_saves_much_is_broken_off() -> None:
-    sources = Sources(bytes_left=100)
-
-    def evaluate() -> None:
-        x = torch.ones(4, requires_grad=True)
-        for _ in range(10):
-            x = x.sin()
-
-    with pytest.raises(Nameless, match="it saves more"), sources.saving():
-        evaluate()
-    assert len(sources.saved) == 6
 
 
 def test_a_module_is_not_kept_alive() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_a_curvature_takes_some_columns_after_the_other() -> None:
     with PeakBytes() as counter:
         diagonal = curvature(x, y).diagonal()
     torch.testing.assert_close(diagonal, want)
+    assert counter.peak <= memory
+
+
+@pytest.mark.parametrize("door", [jacfunc.gradient_norms, jacfunc.ggn])
+def test_what_few_samples_have_shown_is_not_learned_of_many(door: Any) -> None:
+    """To learn where samples are takes more than to evaluate them: chunks that follow do not."""
+    torch.manual_seed(0)
+    model, memory = convolutional(), 4_000_000
+    x, y = torch.randn(18, 3, 24, 24), torch.randint(10, (18,))
+    with PeakBytes() as counter:
+        asked = door(model, F.cross_entropy, memory=memory)(x, y)
+        result = asked.diagonal() if door is jacfunc.ggn else asked
+    del result
     assert counter.peak <= memory
 
 

@@ -17,7 +17,7 @@ from tests.house.calls import is_own, num_calls
 def test_tensors_are_told_wherever_an_operation_gets_them() -> None:
     x, weight, bias = torch.ones(2, 3), nn.Parameter(torch.ones(4, 3)), torch.ones(4)
     sources, recorder = Sources(), PlainRecorder()
-    recorder.arguments = sources.arguments
+    recorder.kinds, recorder.arguments = sources.kinds, sources.arguments
     with recorder:
         F.linear(x, weight, bias=bias)
         torch.cat([x, (x + 1)], dim=1)

@@ -230,6 +230,22 @@ def test_graphs_are_numbered_by_what_they_do_and_not_by_numbers_in_tensors() -> 
     assert len({one for one, _ in numbers}) == len(graphs)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm(6),
+        nn.BatchNorm1d(4).eval(),
+        nn.Conv1d(4, 4, 3),
+        nn.Flatten(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_graphs_of_a_part_of_a_batch_have_the_number_of_all(layer: nn.Module) -> None:
+    x = torch.randn(5, 4, 6)
+    assert len({graph_number((layer(x[:n].requires_grad_()),), ()) for n in (2, 3, 5)}) == 1
+
+
 def test_what_a_graph_has_saved_is_not_got_back() -> None:
     def refused(saved: Tensor) -> Tensor:
         raise AssertionError("a checkpoint would run again")
