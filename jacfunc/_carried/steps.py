@@ -32,7 +32,7 @@ _REFUSED = RAW_MEMORY | TAKES_DERIVATIVES.keys()
 """What writes into memory unseen; derivatives that a function takes, which rules do not carry."""
 
 
-class Step(NamedTuple):
+class CarriedStep(NamedTuple):
     """An operation on what depends on the argument.
 
     Args:
@@ -55,7 +55,7 @@ class StepRecorder(TorchFunctionMode):
     def __init__(self, func: Func) -> None:
         super().__init__()
         self.func = func
-        self.steps: list[Step] = []
+        self.steps: list[CarriedStep] = []
         self.roots: dict[int, Tensor] = {}
         """All tensors from outside that steps got, by identity."""
         self.ends: list[tuple[Any, Any]] = []
@@ -96,7 +96,7 @@ class StepRecorder(TorchFunctionMode):
         numbers = range(len(self.roots), len(self.roots) + len(new))
         self.roots |= new
         args, kwargs = _mapped(lambda x: x, (args, kwargs))
-        self.steps += (Step(func, args, kwargs, numbers, result),)
+        self.steps += (CarriedStep(func, args, kwargs, numbers, result),)
 
     def known(self) -> KnownSteps:
         """What was noted.
@@ -126,7 +126,7 @@ class KnownSteps(TorchFunctionMode):
     """
 
     def __init__(
-        self, func: Func, steps: Sequence[Step], roots: Leaves, start: Jet, end: Jet
+        self, func: Func, steps: Sequence[CarriedStep], roots: Leaves, start: Jet, end: Jet
     ) -> None:
         super().__init__()
         self.roots, self._func, self._steps = roots, func, steps

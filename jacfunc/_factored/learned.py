@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -90,18 +89,6 @@ class LearnedUses:
         if len(self.compared_moves) >= MOST_KINDS:
             self.compared_moves.clear()
         self.compared_moves.add(seen.signature)
-
-    def knows(self, seen: WhatWasSeen, compared: Container[int]) -> bool:
-        """Does what was learned of many samples hold for an evaluation with these operations?
-
-        Args:
-            compared: signatures of evaluations after which batches were compared.
-        """
-        is_new = seen.moves_samples and self.moves_anew(seen)  # asked of few: most move none
-        if is_new or self.moves_samples or self.others:
-            return False
-        signature, is_told = seen.signature, seen.reads_values or not self.mixes
-        return is_told and signature in self.signatures and signature in compared
 
     def learn_sites(self, sites: Sites, signature: int) -> None:
         """Take in where the tensors of one evaluation hold the samples."""

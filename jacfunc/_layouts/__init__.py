@@ -18,5 +18,5 @@ from jacfunc._layouts.recording import (
     ends,
 )
 from jacfunc._layouts.stepwise import copy_written, may_mix, mixes_unseen
-from jacfunc._layouts.telling import TELLING, VALUES, are_among, tensors_in
+from jacfunc._layouts.telling import READING, TELLING, VALUES, are_among, tensors_in
 from jacfunc._layouts.traces import Trace, WhatWasSeen

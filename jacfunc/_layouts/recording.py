@@ -127,12 +127,11 @@ class OperationRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Args = (), kwargs: Any = None
     ) -> Any:
         # called for every operation: as short as it can be
-        kwargs = kwargs or {}
+        kwargs, is_tracked = kwargs or {}, False
         if self._is_over:
             return func(*args, **kwargs)
-        operations, tracked, is_tracked = self.operations, self._tracked, False
-        number = len(operations) + self.num_followed
-        tensors: list[Tensor] = []
+        operations, tracked = self.operations, self._tracked
+        number, tensors = len(operations) + self.num_followed, list[Tensor]()
         operations += (func,)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -146,13 +147,25 @@ class FunctionState(ModuleState):
             constants=Constants(most_copied=0),
         )
 
+    @cached_property
+    def version(self) -> Version:
+        if self.origin is not None:
+            return self.origin.version
+        return self._version_of(self.beside)
+
+    @cached_property
+    def version_of_parts(self) -> Version:
+        if self.origin is not None:
+            return self.origin.version_of_parts
+        return self._version_of(part for part in self.beside if part.is_module)
+
     @property
     def functions(self) -> list[Any]:
         return [*super().functions, self.module.func]
 
-    def _version_now(self, has_objects: bool) -> Version:
-        """The version of the function with the parts that it refers to."""
-        every, module = [p for p in self.beside if has_objects or p.is_module], self.module
+    def _version_of(self, parts: Iterable[Any]) -> Version:
+        """The version of the function with these parts, which it refers to."""
+        every, module = list(parts), self.module
         assert isinstance(module, FunctionAsModule)
         marks = [mark for part in every for mark in part.marks()]
         if not module.tree.is_known or any(part.is_scripted or part.hides for part in every):

@@ -19,7 +19,7 @@ from jacfunc._log import note
 from jacfunc._samples import SampledCall
 from jacfunc._settled.alone import are_alone
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation
+from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
@@ -185,7 +185,7 @@ class SettledBatch:
             is_read = recorder.reads_values or recorder.apart
             as_evaluated = state.as_evaluated() if self.names or is_read else None
             jacobian, self.graph = own.jacobian(out, as_evaluated), recorder.graph
-        if jacobian is None or not (self.is_alone or self.learned.knows(jacobian, compared)):
+        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
             return None
         is_told = self.is_alone or not is_read or are_alone(self, state, given, out, recorder)
         return jacobian if is_told else None

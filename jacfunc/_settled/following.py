@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacfunc._errors import Refused
 from jacfunc._factored import METADATA
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import KIND, TELLING, VALUES, Args, OperationRecorder
+from jacfunc._layouts import KIND, READING, TELLING, VALUES, Args, OperationRecorder
 from jacfunc.layers import table
 
 _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
@@ -91,7 +91,7 @@ class Following(PlainRecorder):
     def __init__(self, steps: Steps, lent: Set[int], reads: Mapping[int, Any]) -> None:
         super().__init__(lent, reads)
         self._lent, self._steps, self._is_known = lent, steps, steps.signature is not None
-        self._count, self._is_lost, self._is_told = 0, False, False
+        self._count, self._is_lost, self._has_read = 0, False, False
 
     @property
     def signature(self) -> int:
@@ -139,8 +139,8 @@ class Following(PlainRecorder):
         result = super().__torch_function__(func, types, args, kwargs)
         row = (*args, *kwargs, *kwargs.values()) if kwargs else args
         lead = len([*takewhile(lambda x: isinstance(x, Tensor), row)])
-        self._is_told |= func in TELLING
-        is_special = func in self._noticed or func in self._openings
+        self._has_read |= func in READING
+        is_special = func in TELLING or func in self._noticed or func in self._openings
         if all(map(_is_plain, row[lead:])) and not is_special:
             kinds, length = (*map(type, row),), len(self.operations) - number
             reads = func in METADATA or number in self._reads
@@ -149,7 +149,7 @@ class Following(PlainRecorder):
 
     def known(self) -> Steps | None:
         """The operations, once all were noted; None where numbers tell what is done."""
-        if self._is_told:  # what made these numbers is noted at each call
+        if self.moves_samples or self._has_read:  # what made these numbers is noted at each call
             return None
         steps = self._steps
         ranges = [range(s.number, s.number + s.length) for s in steps.every if s is not None]

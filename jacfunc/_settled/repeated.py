@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import reduce
 from operator import attrgetter
 from typing import Any
@@ -23,7 +23,7 @@ from jacfunc._factored import (
     graph_behind,
     use_recorder,
 )
-from jacfunc._layouts import OperationRecorder
+from jacfunc._layouts import OperationRecorder, WhatWasSeen
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -59,6 +59,7 @@ class RepeatedEvaluation:
         reads: what is known of operations that use parameters; by layers they are looked for else.
     """
 
+    recorder: OperationRecorder
     is_batchable = True
     """Are many cotangents pulled back at once?"""
 
@@ -82,16 +83,14 @@ class RepeatedEvaluation:
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
             self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
-        copies: list[Tensor] = []  # no comprehensions here, as every settled call makes these
+        self.tensors: Leaves = ()  # no comprehensions here, as every settled call makes these
         for n, x in enumerate(tensors):
-            is_own = n in inputs
-            copies += (writable_copy(differentiable_alias(x, False)) if is_own else x.clone(),)
-        self.tensors: Leaves = tuple(copies)
+            own = writable_copy(differentiable_alias(x, False)) if n in inputs else x.clone()
+            self.tensors += (own,)
         self.primals: Leaves = (*self.handles, *map(self.tensors.__getitem__, inputs))
         # a leaf stands for itself, as its node is made where it is used
         self.starts: dict[Any, int] = {x.grad_fn or id(x): n for n, x in enumerate(self.primals)}
         self.first = Graphs.num_nodes()
-        self.recorder: OperationRecorder
         if by_layers and reads is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, self._size)
         else:
@@ -174,6 +173,19 @@ class RepeatedEvaluation:
             reads_values=recorder.reads_values,
             apart=recorder.apart,
         )
+
+
+def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
+    """Does what was learned of many samples hold for an evaluation with these operations?
+
+    Args:
+        compared: signatures of evaluations after which batches were compared.
+    """
+    is_new = seen.moves_samples and learned.moves_anew(seen)  # asked of few: most move none
+    if is_new or learned.moves_samples or learned.others:
+        return False
+    signature, is_told = seen.signature, seen.reads_values or not learned.mixes
+    return is_told and signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

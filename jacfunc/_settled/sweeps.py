@@ -18,7 +18,7 @@ from jacfunc._rounding import agree
 from jacfunc._settled.alone import SettledModule, are_alone
 from jacfunc._settled.following import Following, Steps
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation
+from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import (
     MOST_BYTES,
@@ -188,7 +188,7 @@ class KnownWork:
         if evaluated is not None:
             own, sources, out = evaluated
             is_like = self.sweep.holds_for(evaluated)
-            if is_like and (settled.is_alone or settled.learned.knows(own.recorder, compared)):
+            if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
                 others = beside((out.detach(),)) if beside else ()
                 result = self.sweep.replayed(sources, out, others)
         self.misses = 0 if result is not None else self.misses + 1

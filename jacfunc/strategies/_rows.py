@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import columns_to_blocks, owned, unit_seeds
+from jacfunc._assembly import columns_to_blocks, owned, rows_to_blocks, unit_seeds
 from jacfunc._faults import suspects
 from jacfunc._linear_map import (
+    EVERY,
     Anchor,
     Graph,
     Linearization,
     check_numbers,
     map_of_graph,
+    one_by_one,
     pushed_tensor,
     writable_copy,
 )
@@ -24,7 +26,33 @@ from jacfunc._lock import alone
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, MOST_MISSES
 from jacfunc.strategies._strategy import Sweeps
-from jacfunc.strategies._written import AtPoint, Evaluate, WrittenBlock, only_block, written_block
+from jacfunc.strategies._written import Evaluate, WrittenBlock, written_block
+
+
+class AtPoint(NamedTuple):
+    """What a function of one tensor returned at a point, and where its graph begins.
+
+    Args:
+        out: what it returned.
+        anchor: the point, from which the graph leads to the output.
+        target: what cotangents are pulled back to: the point, or the copy that the function got.
+        starts: the nodes at which the graph begins, with their numbers.
+    """
+
+    out: Any
+    anchor: Tensor
+    target: Anchor
+    starts: dict[Any, int]
+
+    def block(self, sweeps: Sweeps) -> Tensor:
+        """The block of the output, from sweeps of its graph: columns by the pullback of that."""
+        graph = Graph.back_to({*self.starts}, (self.out,))
+        linear = map_of_graph((self.out,), (), (self.target,), graph, differentiated=False)
+        if not sweeps.are_pushes:
+            return _only_block(linear, self.anchor, not sweeps.is_vmapped)
+        transpose: Any = linear.transpose  # unchecked: the block is compared with that of a call
+        columns = transpose(False).pull_batch(unit_seeds((self.anchor,), 0, self.anchor.numel()))
+        return columns_to_blocks(owned(columns), (self.out,), (self.anchor,))[0][0]
 
 
 class SettledRows:
@@ -37,7 +65,7 @@ class SettledRows:
         order: two for the Hessian of a function that returns one number.
         shape: of the output.
         is_alone: must the function run alone, for a module?
-        sweeps: how rows are swept.
+        is_looped: are rows swept one by one?
         ways: how they may be swept once they are written down.
     """
 
@@ -47,14 +75,14 @@ class SettledRows:
         order: int,
         shape: torch.Size,
         is_alone: bool,
-        sweeps: Sweeps,
+        is_looped: bool,
         ways: Iterable[Sweeps],
     ) -> None:
         self._func, self._is_second, self._shape = func, order == 2, shape
-        self._is_alone, self._sweeps, self._ways = is_alone, sweeps, ways
+        self._is_alone, self._is_looped, self._ways = is_alone, is_looped, ways
         self._harmless = set[tuple[frozenset[Any], bool]]()
         self._calls = 0
-        self._written: WrittenBlock | None = None
+        self._written: WrittenBlock[AtPoint] | None = None
 
     def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where the output, or the graph, is of another kind.
@@ -113,7 +141,7 @@ class SettledRows:
             return None
         if self._is_second:
             linear = map_of_graph((row,), (), (Anchor.at(at.anchor),), graph, differentiated=False)
-        return only_block(linear, x, self._sweeps)
+        return _only_block(linear, x, self._is_looped)
 
     def _is_harmless(self, at: AtPoint, graph: Graph, row: Tensor) -> bool:
         """Do the tables of faults say nothing of the graph behind a gradient?"""
@@ -148,13 +176,13 @@ class SettledColumns:
         func: Callable[[Tensor], Any],
         shape: torch.Size,
         randomness: str,
-        begun: Callable[[Tensor], Evaluate],
+        begun: Callable[[Tensor], Evaluate[AtPoint]],
         ways: Iterable[Sweeps],
     ) -> None:
         self._func, self._shape, self._randomness = func, shape, randomness
         self._begun, self._ways = begun, ways
         self._calls = self._misses = 0
-        self._written: WrittenBlock | None = None
+        self._written: WrittenBlock[AtPoint] | None = None
 
     def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where the output is of another kind, or it is refused.
@@ -180,7 +208,7 @@ class SettledColumns:
             self._written = written_block(begun, x, block, self._ways, is_pushed=True)
         return out, block
 
-    def _replayed(self, written: WrittenBlock, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _replayed(self, written: WrittenBlock[AtPoint], x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block by what is written down; None where it does not hold."""
         random_state = RandomState((x,))
         saved, block = written.at(x) or (None, None)
@@ -199,3 +227,20 @@ def _gradient(linear: Linearization) -> Tensor:
     with recording(), MathAttention():
         (row,) = linear.pull((torch.ones_like(out),))
         return row.view(out.shape + row.shape) if out.dim() else row
+
+
+def _only_block(linear: Linearization, x: Tensor, is_looped: bool) -> Tensor:
+    """The block ``[*out, *in]`` of the only output; what the user's tensors hold is copied."""
+    outputs = linear.outputs
+    (out,) = outputs
+    if out.numel() > 1:
+        seeds = unit_seeds(outputs, 0, out.numel())
+        if is_looped:
+            rows = one_by_one(linear.sweep(EVERY, EVERY), seeds)
+        else:
+            rows = owned(linear.pull_batch(seeds))
+        return rows_to_blocks(rows, outputs, (x,))[0][0]
+    assert linear.last is not None
+    one = torch.ones(out.shape, dtype=out.dtype, device=out.device)
+    (row,) = linear.last(EVERY, EVERY)((one,))
+    return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)

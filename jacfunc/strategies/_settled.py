@@ -21,7 +21,7 @@ from jacfunc.strategies._evaluation import Evaluation
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._rows import SettledColumns, SettledRows
+from jacfunc.strategies._rows import AtPoint, SettledColumns, SettledRows
 from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps
 from jacfunc.strategies._written import Evaluate
@@ -101,7 +101,7 @@ class SettledFunction:
             return
         is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         if is_alone is not None:
-            how = self._order, out.shape, is_alone, strategy.sweeps, ways
+            how = self._order, out.shape, is_alone, isinstance(strategy, Looped), ways
             self._by_kind.put(kind, SettledRows(self._derivation.func, *how))
 
     def _ways(self, strategy: Sweeping, rows: int, columns: int) -> list[Sweeps]:
@@ -135,7 +135,7 @@ class SettledFunction:
         return None
 
 
-def _evaluating(derivation: Derivation, x: Tensor) -> Evaluate:
+def _evaluating(derivation: Derivation, x: Tensor) -> Evaluate[AtPoint]:
     """What evaluates a function like that at a point for its graph, and nothing watches.
 
     Raises:
@@ -146,7 +146,7 @@ def _evaluating(derivation: Derivation, x: Tensor) -> Evaluate:
     is_alone = runs_alone(call, (torch.is_grad_enabled(), False, 1))
     if is_alone is None:
         raise Nameless("a pullback of it is watched")
-    return SettledRows(derivation.func, 1, shape, is_alone, Reverse().sweeps, ()).evaluated
+    return SettledRows(derivation.func, 1, shape, is_alone, False, ()).evaluated
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

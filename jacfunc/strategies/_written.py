@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from timeit import timeit
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from jacfunc._assembly import columns_to_blocks, owned, rows_to_blocks, unit_seeds
-from jacfunc._linear_map import (
-    EVERY,
-    Anchor,
-    Graph,
-    Linearization,
-    map_of_graph,
-    one_by_one,
-)
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._torch import Graphs, RandomState, holds_nan
@@ -41,32 +32,24 @@ ROUNDS = 5
 """So often every way is timed, each in turn, so that a busy machine is busy for all of them."""
 
 
-class AtPoint(NamedTuple):
-    """What a function of one tensor returned at a point, and where its graph begins.
+class SweepablePoint(Protocol):
+    """A function evaluated at a point."""
 
-    Args:
-        out: what it returned.
-        anchor: the point, from which the graph leads to the output.
-        target: what cotangents are pulled back to: the point, or the copy that the function got.
-        starts: the nodes at which the graph begins, with their numbers.
-    """
+    @property
+    def out(self) -> Any: ...
 
-    out: Any
-    anchor: Tensor
-    target: Anchor
-    starts: dict[Any, int]
+    @property
+    def starts(self) -> dict[Any, int]: ...
 
     def block(self, sweeps: Sweeps) -> Tensor:
         """The block of the output, from sweeps of its graph."""
-        graph = Graph.back_to({*self.starts}, (self.out,))
-        linear = map_of_graph((self.out,), (), (self.target,), graph, differentiated=False)
-        return only_block(linear, self.anchor, sweeps)
 
 
-Evaluate = Callable[[Tensor], AtPoint]
+PointT = TypeVar("PointT", bound=SweepablePoint)
+Evaluate = Callable[[Tensor], PointT]
 
 
-class WrittenBlock:
+class WrittenBlock(Generic[PointT]):
     """Sweeps of all rows, or columns, as a straight program, which reads what autograd has saved.
 
     It holds for evaluations whose graphs have the same outline, and no hooks. So a function may
@@ -81,7 +64,7 @@ class WrittenBlock:
     """
 
     def __init__(
-        self, evaluate: Evaluate, work: WrittenWork, outline: Any, is_checked: bool
+        self, evaluate: Evaluate[PointT], work: WrittenWork, outline: Any, is_checked: bool
     ) -> None:
         self._evaluate, self._outline, self._is_checked = evaluate, outline, is_checked
         self._work, self._misses = work, 0
@@ -91,7 +74,7 @@ class WrittenBlock:
         """Has it held of late?"""
         return self._misses < MOST_MISSES
 
-    def at(self, x: Tensor) -> tuple[Saved, Tensor | None] | None:
+    def at(self, x: Tensor) -> tuple[Saved[PointT], Tensor | None] | None:
         """The function at a point, and the block; None for this where what is known does not hold.
 
         None for both if the evaluation can't be swept, as not all is there as it was saved.
@@ -107,15 +90,15 @@ class WrittenBlock:
         return (saved, block) if is_whole else None
 
 
-class Saved(NamedTuple):
+class Saved(NamedTuple, Generic[PointT]):
     """An evaluation, what was saved for its backward pass, and the outline of its graph."""
 
-    evaluated: AtPoint
+    evaluated: PointT
     sources: Sources
     outline: Any
 
     @classmethod
-    def at(cls, x: Tensor, evaluate: Evaluate) -> Self:
+    def at(cls, x: Tensor, evaluate: Evaluate[PointT]) -> Self:
         """One at this point, which has no outline if it sets hooks, as these may do anything."""
         sources, hooks, first = Sources(moments=[]), RemovableHandle.next_id, Graphs.num_nodes()
         with sources.saving():
@@ -149,12 +132,12 @@ class Saved(NamedTuple):
 
 
 def written_block(
-    begun: Callable[[], Evaluate],
+    begun: Callable[[], Evaluate[PointT]],
     x: Tensor,
     expected: Tensor,
     ways: Iterable[Sweeps],
     is_pushed: bool = False,
-) -> WrittenBlock | None:
+) -> WrittenBlock[PointT] | None:
     """The block at a point, written down; None if it can't be, or if it would not pay.
 
     Args:
@@ -179,8 +162,8 @@ def written_block(
 
 
 def _written_block(
-    evaluate: Evaluate, x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
-) -> WrittenBlock | None:
+    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
+) -> WrittenBlock[PointT] | None:
     saved = Saved.at(x, evaluate)
     if saved.outline is None:
         return None
@@ -211,27 +194,3 @@ def _written_block(
     least = list(map(min, zip(*seconds, strict=True)))
     work, is_checked = fit[least.index(min(least))]
     return WrittenBlock(evaluate, work, saved.outline, is_checked)
-
-
-def only_block(linear: Linearization, x: Tensor, sweeps: Sweeps) -> Tensor:
-    """The block ``[*out, *in]`` of the only output; what the user's tensors hold is copied.
-
-    Columns are by the pullback of the pullback, of which nothing is checked.
-    """
-    outputs = linear.outputs
-    (out,) = outputs
-    if sweeps.are_pushes:
-        transpose: Any = linear.transpose
-        columns = transpose(False).pull_batch(unit_seeds((x,), 0, x.numel()))
-        return columns_to_blocks(owned(columns), outputs, (x,))[0][0]
-    if out.numel() > 1:
-        seeds = unit_seeds(outputs, 0, out.numel())
-        if sweeps.is_vmapped:
-            rows = owned(linear.pull_batch(seeds))
-        else:
-            rows = one_by_one(linear.sweep(EVERY, EVERY), seeds)
-        return rows_to_blocks(rows, outputs, (x,))[0][0]
-    assert linear.last is not None
-    one = torch.ones(out.shape, dtype=out.dtype, device=out.device)
-    (row,) = linear.last(EVERY, EVERY)((one,))
-    return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)

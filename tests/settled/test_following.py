@@ -24,7 +24,7 @@ def as_known(x: Tensor, y: Tensor) -> Tensor:
 
 def learned(func: Callable[..., Any], *args: Any) -> Steps | None:
     """The operations of a function."""
-    recorder = Following(Steps(), set(), {}, {})
+    recorder = Following(Steps(), set(), {})
     with recorder:
         func(*args)
     return recorder.known()
@@ -32,7 +32,7 @@ def learned(func: Callable[..., Any], *args: Any) -> Steps | None:
 
 def follows(steps: Steps, func: Callable[..., Any], *args: Any) -> bool:
     """Does a function call the known operations, and no others?"""
-    recorder = Following(steps, {id(LENT)}, {}, {})
+    recorder = Following(steps, {id(LENT)}, {})
     with recorder:
         func(*args)
     return recorder.signature == steps.signature
@@ -114,27 +114,28 @@ def test_known_reads_and_shapes_of_such_a_parameter_are_let_pass() -> None:
         return F.linear(x, weight.view(weight.shape[0], 1) if weight.is_complex() else weight)
 
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
-    recorder = Following(Steps(), {id(weight)}, {1: F.linear}, {})
+    recorder = Following(Steps(), {id(weight)}, {1: F.linear})
     with recorder:
         read(x, weight)
     steps = recorder.known()
     assert steps is not None
-    again = Following(steps, {id(weight)}, {1: F.linear}, {})
+    again = Following(steps, {id(weight)}, {1: F.linear})
     with again:
         read(x, weight)
     assert again.signature == steps.signature
 
 
 def test_tensors_that_operations_get_are_those_of_a_recorder() -> None:
-    def got(recorder: PlainRecorder, x: Tensor, y: Tensor) -> dict[int, list[Any]]:
-        recorder.arguments = {} if recorder.arguments is None else recorder.arguments
+    def got(recorder: PlainRecorder, x: Tensor, y: Tensor) -> tuple[dict[int, Any], list[Any]]:
+        recorder.kinds = []
         with recorder:
             as_known(x, y)
-        return {n: [t.tolist() for t in those] for n, those in recorder.arguments.items()}
+        numbers = {n: [t.tolist() for t in those] for n, those in recorder.arguments.items()}
+        return numbers, recorder.kinds
 
     steps, (x, y) = learned(as_known, *points()), points()
     assert steps is not None
-    assert got(Following(steps, set(), {}, {}), x, y) == got(PlainRecorder(), x, y)
+    assert got(Following(steps, set(), {}), x, y) == got(PlainRecorder(), x, y)
 
 
 def test_numbers_that_say_where_others_go_are_not_followed() -> None:

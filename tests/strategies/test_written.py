@@ -423,7 +423,7 @@ def test_of_two_ways_to_take_rows_the_faster_one_is_written_down() -> None:
     x = torch.randn(1024)
     expected = looped_jacobian(lambda y: f(y.float()).double(), x.double()).float()
     loop = jacfunc.Looped("rows").sweeps  # if nothing else is known
-    rows = SettledRows(f, 1, torch.Size([4]), False, loop, (jacfunc.Reverse().sweeps, loop))
+    rows = SettledRows(f, 1, torch.Size([4]), False, True, (jacfunc.Reverse().sweeps, loop))
     for _ in range(FEWEST_CALLS):
         known = rows.at(x)
         assert known is not None

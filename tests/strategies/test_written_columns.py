@@ -93,7 +93,7 @@ def test_of_rows_and_columns_the_faster_ones_are_written_down() -> None:
     square = torch.randn(64, 64, dtype=torch.float64)
     f = lambda x: torch.tanh(square @ x)  # noqa: E731
     x = torch.randn(64, dtype=torch.float64)
-    rows = SettledRows(f, 1, x.shape, False, ROWS, (COLUMNS, ROWS))
+    rows = SettledRows(f, 1, x.shape, False, False, (COLUMNS, ROWS))
     columns = SettledColumns(f, x.shape, "same", lambda x: rows.evaluated, (COLUMNS, ROWS))
     for settled in (rows, columns):
         for _ in range(FEWEST_CALLS):
@@ -106,7 +106,7 @@ def test_of_rows_and_columns_the_faster_ones_are_written_down() -> None:
 
 
 def test_what_can_be_written_down_in_one_way_alone_is() -> None:
-    rows = SettledRows(tall, 1, torch.Size([4096]), False, ROWS, ())
+    rows = SettledRows(tall, 1, torch.Size([4096]), False, False, ())
     looped = jacfunc.Looped("rows").sweeps  # of too many rows
     columns = SettledColumns(tall, torch.Size([4096]), "same", lambda x: rows.evaluated, (looped,))
     both = SettledColumns(
@@ -140,7 +140,7 @@ def test_a_nan_of_written_columns_is_refused_or_taken_by_rows() -> None:
 
 def test_rows_that_are_written_down_give_no_nan_where_columns_give_none() -> None:
     f = lambda x: torch.cat([x.sqrt(), 2 * x, 3 * x])  # noqa: E731
-    rows = SettledRows(f, 1, torch.Size([3]), False, ROWS, ())
+    rows = SettledRows(f, 1, torch.Size([3]), False, False, ())
     columns = SettledColumns(f, torch.Size([3]), "same", lambda x: rows.evaluated, (ROWS,))
     one = X[:1]
     for _ in range(FEWEST_CALLS):
