@@ -149,7 +149,7 @@ class Linearization:
         A single cotangent never is under vmap, so that ``chunk_size=1`` is the loop of torch.func.
         """
         if not self.is_batchable:
-            return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
+            return self._pulled_one_by_one(cotangents, onto, of)
         try:
             if cotangents[0].shape[0] == 1:
                 # the vmaps outside do not batch the seeds of larger chunks either
@@ -163,7 +163,13 @@ class Linearization:
             note("the backward pass could not be batched, rows go one by one: %s", error)
             self.is_batchable = False  # other rows would fail in the same way
         # not where the error is known: its traceback holds what was swept at once
-        return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
+        return self._pulled_one_by_one(cotangents, onto, of)
+
+    def _pulled_one_by_one(self, cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
+        """K cotangents pulled back, of which it is asked once whether somebody follows them."""
+        is_plain = self.transpose is not None and not is_followed(cotangents)
+        pull = self.sweep(onto, of) if is_plain else partial(self.pull, onto=onto, of=of)
+        return one_by_one(pull, cotangents)
 
 
 def _in_rows(seeds: Tensor) -> Tensor:
