@@ -60,7 +60,7 @@ class Effort:
     seconds: float = 1.5
     fewest: int = 5
     patience: float = 20.0
-    settling: float = 0.5
+    settling: float = SETTLING_CALLS * BRIEF  # enough for all that settle
 
     def rounds_of(self, took: float) -> int:
         """The number of rounds of a contestant whose call takes so many seconds."""
