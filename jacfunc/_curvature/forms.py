@@ -64,27 +64,25 @@ class MatrixProducts:
             return self._curvature_of(BatchOutputs((output,), (), BARE))
         return self._curvature_of(self._jacobian.outputs)
 
-    def of_one(self, tangents: Leaves) -> Leaves | None:
-        """``G v`` of one vector, ``[*param]``, where earlier ones have settled how it is made."""
+    def of_one(self, tangents: Leaves) -> Leaves:
+        """``G v`` of one vector, ``[*param]``."""
         if takes_factors():
-            return None
-        try:
-            return self._again.product(tangents, lambda u: self._curvature.times_batch(u))
-        except Refused:  # which is told of where the product is taken anew
-            return None
+            rows = tuple([v[None] for v in tangents])
+            products = factored_product(self._at_batch, self._curvature_of, rows)
+        else:
+            made = self._again.product(tangents, lambda u: self._curvature.times_batch(u))
+            if made is not None:
+                return made
+            rows = tuple([v[None] for v in tangents])
+            products = self._times(rows)
+            self._again.learn(rows, products, self._jacobian, self._jacobian.outputs.leaves)
+        return tuple([x[0] for x in products])
 
     def times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
         count = tangents[0].shape[0]
         if count == 1:
-            if takes_factors():
-                return factored_product(self._at_batch, self._curvature_of, tangents)
-            if (made := self.of_one(tuple([v[0] for v in tangents]))) is not None:
-                return tuple([x[None] for x in made])
-            products = self._times(tangents)
-            outputs = self._jacobian.outputs.leaves
-            self._again.learn(tangents, products, self._jacobian, outputs)
-            return products
+            return tuple([x[None] for x in self.of_one(tuple([v[0] for v in tangents]))])
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
         for start in range(0, count, at_once):

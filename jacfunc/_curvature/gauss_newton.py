@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, overload
 
 import torch
@@ -105,8 +105,9 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             {'weight': tensor([[1., 2.]])}
         """
         tangents = tangents_of(self.api, self.point.call.state, vector)
-        is_plain = self.point.size and not (is_pushing() or is_followed(tangents))
-        if not is_plain or (products := self._products.of_one(tangents)) is None:
+        if self.point.size and not (is_pushing() or is_followed(tangents)):
+            products = self._in_words(self._products.of_one, tangents)
+        else:
             every = self.pushforward_batch(tuple([tangent[None] for tangent in tangents]))
             products = tuple([product[0] for product in every])
         return self._in_form(dict(zip(self.point.params, products, strict=True)))
@@ -123,8 +124,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         return self.product(other) if is_tree else super().__matmul__(other)
 
     def mv(self, vector: Tree) -> Any:
-        is_flat = isinstance(vector, Tensor) and vector.dim() == 1
-        if is_flat and not self.domain.is_leaf(vector):
+        if isinstance(vector, Tensor) and vector.dim() == 1 and not self.domain.is_leaf(vector):
             return super().mv(vector)
         return self.product(vector)
 
@@ -137,10 +137,13 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
                 "forward mode. The matrix is symmetric and constant: its product with a tangent is "
                 "the derivative."
             )
+        take = self._products.as_map() if is_followed(tangents) else self._products.times
+        return self._in_words(take, tangents)
+
+    def _in_words(self, take: Callable[[Leaves], Leaves], tangents: Leaves) -> Leaves:
+        """Products of tangents; a refusal says what else there is to take."""
         try:
-            if is_followed(tangents):
-                return self._products.as_map()(tangents)
-            return self._products.times(tangents)
+            return take(tangents)
         except Refused as refusal:
             if str(refusal).startswith(f"{self.api}: "):
                 raise
