@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from tests.modules import test_settled
 from tests.modules.test_settled_layers import assert_same, loop, normal
 
 SETTLED = 6
@@ -106,14 +107,7 @@ def is_due(number: int) -> bool:
 
 
 def by_inputs(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    rows = []
-    for point in x:
-        own = point[None].clone().requires_grad_()
-        out = module(own)[0]
-        rows.append(
-            torch.stack([torch.autograd.grad(y, own, retain_graph=True)[0][0] for y in out])
-        )
-    return {"x": torch.stack(rows)}
+    return {"x": test_settled.loop(module, x)}
 
 
 def test_samples_that_would_read_otherwise_are_evaluated_alone() -> None:
