@@ -17,7 +17,6 @@ from jacfunc._carried.steps import StepRecorder
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import MOST_KINDS, Recent
-from jacfunc._rounding import agree
 from jacfunc._torch import RandomState, holds_nan, is_undisturbed, sweep_batch
 from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_MISSES, WrittenWork
 from jacfunc._trees import Structure, flatten, unflatten
@@ -97,8 +96,7 @@ class SettledCarrying:
         if sum(source.nbytes for source in (*sources, *expected)) > MOST_BYTES:
             return None
         work = WrittenWork(lambda: self._results(steps.again, x), sources)
-        results = work.result(sources)
-        if results is None or not agree(results, expected):
+        if not work.gives(sources, tuple(expected)):
             return None
         may_share = reaches_module(self._func)  # into which another thread may put parameters
 

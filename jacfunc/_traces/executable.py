@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._memory import PeakBytes
+from jacfunc._rounding import agree
 from jacfunc._torch import Graphs, uncast
 from jacfunc._traces.backends import Compiler, Run
 from jacfunc._traces.passes import simplified
@@ -142,6 +143,11 @@ class WrittenWork:
             if places[number] != places[first]:
                 return None
         return tuple(self._executable(sources))
+
+    def gives(self, sources: Leaves, expected: Leaves) -> bool:
+        """Does it make of these sources what is expected, but for rounding?"""
+        result = self.result(sources)
+        return result is not None and agree(result, expected)
 
 
 class InTwo:

@@ -332,13 +332,14 @@ def test_what_others_look_at_is_swept() -> None:
     assert is_replayed(derive)
 
 
-def test_random_numbers_are_those_of_a_plain_call() -> None:
+@pytest.mark.parametrize("strategy", ["reverse", "forward"])
+def test_random_numbers_are_those_of_a_plain_call(strategy: str) -> None:
     draws = False
 
     def f(x: Tensor) -> Tensor:
         return x.sin() * (torch.rand(3, dtype=torch.float64) if draws else W[0])
 
-    derive = written(jacfunc.jacrev(f))
+    derive = written(jacfunc.jacobian(f, strategy=strategy))
     draws = True
     torch.manual_seed(0)
     first = derive(X)

@@ -144,21 +144,6 @@ def test_rows_that_are_written_down_give_no_nan_where_columns_give_none() -> Non
     assert known[1].flatten().tolist() == [torch.inf, 2, 3]
 
 
-def test_columns_draw_as_a_plain_call() -> None:
-    draws = False
-
-    def f(x: Tensor) -> Tensor:
-        return x.sin() * (torch.rand(3, dtype=torch.float64) if draws else W[0])
-
-    derive = written(jacfunc.jacobian(f, strategy="forward"))
-    draws = True
-    torch.manual_seed(0)
-    first = derive(X)
-    torch.manual_seed(0)
-    factor = torch.rand(3, dtype=torch.float64)
-    torch.testing.assert_close(first, torch.diag(X.cos() * factor))
-
-
 @pytest.mark.parametrize("randomness", ["error", "different"])
 def test_columns_that_may_not_draw_the_same_are_pushed(randomness: Any) -> None:
     derive = jacfunc.jacfwd(torch.sin, randomness=randomness)
