@@ -27,7 +27,7 @@ MEGABYTES = (5, 40, 200)
 TARGET = 1.2  # of a budget of twice the result
 CLASSES, COLUMNS = 10, 512
 FACTOR = 4  # of what is never whole, all rows would take so many times the result's size
-LIMIT = 120  # seconds of one process
+LIMIT = 600  # seconds of one process
 
 
 class Recurrent(nn.Module):
