@@ -13,7 +13,9 @@ from jacfunc._faults.backward import (
     wrong_second_derivative,
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES
+from jacfunc._faults.formulas import formula_of
 from jacfunc._faults.forward import ForwardWatch, PushContext
+from jacfunc._faults.kernels import Norm
 from jacfunc._faults.lookups import apart
 from jacfunc._faults.nested import (
     NestedWatch,

@@ -45,19 +45,25 @@ class Norm:
     def result(self, kernel: Callable[[], Any]) -> Any:
         """The value by the formula; the statistics, and what is written, by the kernel."""
         results = kernel()
-        if not self._is_regular():
+        if not self.is_regular:
             return results
         if isinstance(results, Tensor):
-            return self._value(results.dtype)
-        return (self._value(results[0].dtype), *results[1:])
+            return self.value(results.dtype)
+        return (self.value(results[0].dtype), *results[1:])
 
-    def _is_regular(self) -> bool:
+    @property
+    def writes(self) -> bool:
+        """May it write running statistics?"""
+        return self.is_learning and self.mean is not None
+
+    @property
+    def is_regular(self) -> bool:
         """Does the formula agree with the kernel? Not where it averages over a single value."""
         if not self.is_learning:
             return self.mean is not None and self.variance is not None
         return prod(self.input.shape[d] for d in self.dims) > 1
 
-    def _value(self, dtype: torch.dtype) -> Tensor:
+    def value(self, dtype: torch.dtype) -> Tensor:
         """The normalized input; half precision is computed in single precision, as in torch."""
         x = self.input.float() if self.input.dtype in _HALVES else self.input
         if self.is_learning:

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from jacfunc._forward_laplacian.jet import Args, Kwargs
-from jacfunc._forward_laplacian.propagation import Batched, Propagation, Rule, times, total
+from jacfunc._forward_laplacian.propagation import (
+    Batched,
+    Propagation,
+    Rule,
+    added_up,
+    times,
+    total,
+)
 
 
 @Batched
 def mul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The product rule, entry by entry: ``(ab)'' = a'' b + 2 a' b' + a b''``."""
     a, b = _two(args, kwargs)
-    value = func(ctx.value(a), ctx.value(b))
+    left, right = ctx.value(a), ctx.value(b)
+    value = func(left, right)
     dim = value.dim()
-    parts, seconds = [], []
-    for jet, other in ((a, b), (b, a)):
-        if ctx.owns(jet):
-            factor = ctx.value(other)
-            parts.append(ctx.aligned(jet.first, dim) * factor)
-            if jet.second is not None:
-                seconds.append(factor * ctx.aligned_second(jet.second, dim))
-    if len(parts) == 2:
+    firsts, seconds = ctx.weighted(dim, (a, right), (b, left))
+    if len(firsts) == 2:
         pair = ctx.aligned(a.first, dim) * ctx.aligned(b.first, dim)
         seconds.append(2 * ctx.summed(pair))
-    first = total(*parts)
-    assert first is not None
-    return ctx.jet(value, first, total(*seconds))
+    return ctx.jet(value, added_up(firsts), total(*seconds))
 
 
 @Batched
@@ -76,24 +76,13 @@ def added(sign: float, is_reversed: bool = False) -> Rule:
         value = func(ctx.value(a), ctx.value(b), **({"alpha": alpha} if alpha != 1 else {}))
         if is_reversed:
             a, b = b, a
-        dim, firsts, seconds = value.dim(), [], []
-        for jet, factor in ((a, 1), (b, sign * alpha)):
-            if ctx.owns(jet):
-                firsts.append(_scaled(factor, ctx.aligned(jet.first, dim)))
-                if jet.second is not None:
-                    seconds.append(_scaled(factor, ctx.aligned_second(jet.second, dim)))
+        firsts, seconds = ctx.weighted(value.dim(), (a, 1), (b, sign * alpha))
         if value.is_floating_point() and len(firsts) == 2:  # the sum has the shape of both
             shape = firsts[0].shape[:1] + value.shape
             firsts = [first.expand(shape) for first in firsts]
-        first = total(*firsts)
-        assert first is not None
-        return ctx.jet(value, first, total(*seconds))
+        return ctx.jet(value, added_up(firsts), total(*seconds))
 
     return rule
-
-
-def _scaled(factor: float, tensor: Tensor) -> Tensor:
-    return tensor if factor == 1 else factor * tensor
 
 
 def _two(args: Args, kwargs: Kwargs) -> tuple[Any, Any]:

@@ -13,18 +13,6 @@ MOST_FACTORS = 64
 """Factors of a product that is taken in pairs."""
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    return _scaled(_normal(input, dims, eps), weight, bias)
-
-
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -49,24 +37,6 @@ def group_norm(
     shape = (channels, *(1 for _ in rest))
     weight, bias = (None if x is None else x.reshape(shape) for x in (weight, bias))
     return _scaled(result, weight, bias)
-
-
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training or running_mean is None or running_var is None:
-        raise NotImplementedError("it takes statistics of the batch, and may write them")
-    shape = (-1, *(1 for _ in input.shape[2:]))
-    statistics = running_mean.reshape(shape), running_var.reshape(shape)
-    weight, bias = (None if x is None else x.reshape(shape) for x in (weight, bias))
-    return _scaled((input - statistics[0]) * (statistics[1] + eps).rsqrt(), weight, bias)
 
 
 def _normal(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -96,15 +66,8 @@ def var(
     return centred.square().sum(dims, keepdim=keepdim) / (count - correction)
 
 
-def std(
-    input: Tensor,
-    dim: Any = None,
-    unbiased: bool = True,
-    keepdim: bool = False,
-    *,
-    correction: float | None = None,
-) -> Tensor:
-    return var(input, dim, unbiased, keepdim, correction=correction).sqrt()
+def std(*args: Any, **named: Any) -> Tensor:
+    return var(*args, **named).sqrt()
 
 
 def _dims(x: Tensor, dim: Any) -> tuple[int, ...]:
@@ -200,7 +163,7 @@ def addmm(
     return product + (input if beta == 1 else beta * input)
 
 
-def attention(
+def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

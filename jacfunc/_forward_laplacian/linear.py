@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._forward_laplacian.jet import Args, Kwargs, leaves_in
-from jacfunc._forward_laplacian.propagation import Propagation, by_weight, total
+from jacfunc._forward_laplacian.propagation import Propagation, added_up, by_weight, total
 from jacfunc._torch import fast_linear
 from jacfunc._types import Leaves, is_differentiable
 
@@ -139,8 +139,7 @@ class _Call:
         """The jets of the result, from parts that add up, in the container that it came in."""
         jets = []
         for n, value in enumerate(values):
-            first = total(*(part[n] for part in firsts))
-            assert first is not None
+            first = added_up([part[n] for part in firsts])
             jets.append(self.ctx.jet(value, first, total(*(part[n] for part in seconds))))
         return self.contained(jets)
 

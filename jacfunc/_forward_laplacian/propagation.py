@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -192,6 +192,16 @@ class Propagation(TorchFunctionMode):
         """Second derivatives, to be broadcast to ``dim`` dimensions."""
         return second if self.is_summed else self.aligned(second, dim)
 
+    def weighted(self, dim: int, *terms: tuple[Any, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """First and second derivatives of a sum of products, each of a jet and a factor.
+
+        They come term by term, to be broadcast to ``dim`` dimensions; constants have none.
+        """
+        jets = [(jet, factor) for jet, factor in terms if self.owns(jet)]
+        firsts = [_scaled(factor, self.aligned(jet.first, dim)) for jet, factor in jets]
+        bent = [(jet.second, factor) for jet, factor in jets if jet.second is not None]
+        return firsts, [_scaled(factor, self.aligned_second(x, dim)) for x, factor in bent]
+
     def pushed(self, linear: Callable[..., Leaves], *firsts: Tensor) -> Leaves:
         """A linear or bilinear map applied to each of N tensors ``[N, *shape]``."""
         return sweep_batch(lambda seeds: (linear(*seeds), ()), firsts)[0]
@@ -209,9 +219,17 @@ _NO_CONTAINERS = _TENSORS | _NO_TENSORS | {Jet, Carried}
 def total(*parts: Tensor | None) -> Tensor | None:
     """The sum of second derivatives, of which None are zeros."""
     there = [part for part in parts if part is not None]
-    if not there:
-        return None
-    return sum(there[1:], there[0])
+    return added_up(there) if there else None
+
+
+def added_up(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    return sum(parts[1:], parts[0])
+
+
+def _scaled(factor: Any, tensor: Tensor) -> Tensor:
+    """The product; the tensor itself where the factor is the number 1."""
+    return tensor if not isinstance(factor, Tensor) and factor == 1 else factor * tensor
 
 
 def times(factor: Any, second: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jacfunc._forward_laplacian.elementwise import FORMULAS, elementwise
 from jacfunc._forward_laplacian.jet import Args, Kwargs
-from jacfunc._forward_laplacian.propagation import Batched, Propagation, total
+from jacfunc._forward_laplacian.propagation import Batched, Propagation, added_up
 
 _POWER = elementwise(FORMULAS["pow"])
 
@@ -33,10 +33,9 @@ class _Exponentials:
         self.softmax = powers / torch.where(total_power == 0, 1.0, total_power)
         self.first = (self.softmax * x.first).sum(behind, keepdim=True)
         self.beside = x.first - self.first
-        bend = total(x.second, ctx.squares(self.beside))
-        assert bend is not None
-        self.bend = bend
-        self.second = (self.softmax * bend).sum(behind, keepdim=True)
+        squares = ctx.squares(self.beside)
+        self.bend = squares if x.second is None else x.second + squares
+        self.second = (self.softmax * self.bend).sum(behind, keepdim=True)
 
 
 def _arguments(args: Args, kwargs: Kwargs) -> tuple[Any, Any, Any]:
@@ -170,18 +169,8 @@ def atan2(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     value = func(ctx.value(y), ctx.value(x))
     with ctx:
         square = x * x + y * y
-    dim, height, width = value.dim(), ctx.value(y), ctx.value(x)
-    firsts, seconds = [], []
-    for jet, factor in ((y, width), (x, -height)):
-        if ctx.owns(jet):
-            firsts.append(factor * ctx.aligned(jet.first, dim))
-            if jet.second is not None:
-                seconds.append(factor * ctx.aligned_second(jet.second, dim))
-    top = total(*firsts)
-    assert top is not None
-    first = top / square.value
+    firsts, seconds = ctx.weighted(value.dim(), (y, ctx.value(x)), (x, -ctx.value(y)))
+    first = added_up(firsts) / square.value
     # the numerator's own derivative has products y' x' that cancel
     seconds.append(-ctx.summed(first * square.first))
-    second = total(*seconds)
-    assert second is not None
-    return ctx.jet(value, first, second / square.value)
+    return ctx.jet(value, first, added_up(seconds) / square.value)

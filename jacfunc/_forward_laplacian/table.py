@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacfunc._faults import Norm, formula_of
 from jacfunc._forward_laplacian import arithmetic, linear, reductions
 from jacfunc._forward_laplacian import composed as written
 from jacfunc._forward_laplacian.activations import ACTIVATIONS
@@ -48,6 +49,19 @@ def _same(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return args[0]
 
 
+def _normalized(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """A normalization, by the formula that stands for torch's kernel where that is wrong.
+
+    Raises:
+        NotImplementedError: if it may write statistics of the batch, or torch refuses the call.
+    """
+    norm = formula_of(func, args, kwargs)
+    if not isinstance(norm, Norm) or not norm.is_regular or norm.writes:
+        raise NotImplementedError("it takes statistics of the batch, and may write them")
+    with ctx:
+        return norm.value(norm.input.dtype)
+
+
 PLACES = (torch, Tensor, F, torch.linalg, torch.special)
 
 _CONSTANT = (
@@ -82,16 +96,12 @@ _LINEAR = (
 )
 _JOINTLY_LINEAR = (
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"),
-    *(
-        "row_stack",
-        "block_diag",
-        "broadcast_tensors",
-        "meshgrid",
-        "index_add",
-        "scatter_add",
-        "diff",
-    ),
-    *("select_scatter", "slice_scatter", "diagonal_scatter", "index_copy"),
+    *("row_stack", "block_diag", "broadcast_tensors", "meshgrid", "index_add", "scatter_add"),
+    *("diff", "select_scatter", "slice_scatter", "diagonal_scatter", "index_copy"),
+)
+_WRITTEN = (
+    *("rms_norm", "group_norm", "var", "std", "vector_norm", "normalize", "cdist", "mse_loss"),
+    *("addmm", "scaled_dot_product_attention", "logaddexp", "hypot", "prod", "addcmul", "lerp"),
 )
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_CONSTANT, _constant),
@@ -127,23 +137,7 @@ _RULES: dict[str, Rule] = {
     "logdet": arithmetic.logdet,
     **dict.fromkeys(("inv", "inverse"), arithmetic.inv),
     "solve": arithmetic.solve,
-    "layer_norm": composed(written.layer_norm),
-    "rms_norm": composed(written.rms_norm),
-    "group_norm": composed(written.group_norm),
-    "batch_norm": composed(written.batch_norm),
-    "var": composed(written.var),
-    "std": composed(written.std),
-    "vector_norm": composed(written.vector_norm),
-    "normalize": composed(written.normalize),
-    "cdist": composed(written.cdist),
-    "mse_loss": composed(written.mse_loss),
-    "addmm": composed(written.addmm),
-    "scaled_dot_product_attention": composed(written.attention),
-    "logaddexp": composed(written.logaddexp),
-    "hypot": composed(written.hypot),
-    "prod": composed(written.prod),
-    "addcmul": composed(written.addcmul),
-    "lerp": composed(written.lerp),
+    **{name: composed(getattr(written, name)) for name in _WRITTEN},
 }
 
 
@@ -171,6 +165,10 @@ RULES: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(_getters(("requires_grad",)), _tracked),
     **dict.fromkeys(_functions("norm", (torch, Tensor)), composed(written.norm)),
     **dict.fromkeys(_functions("norm", (torch.linalg,)), composed(written.linalg_norm)),
-    **dict.fromkeys(_functions("layer_norm", (torch,)), composed(written.layer_norm)),
+    **{
+        getattr(place, name): _normalized
+        for name in ("layer_norm", "batch_norm", "instance_norm")
+        for place in (F, torch)
+    },
 }
 """For each function of torch its rule."""

@@ -178,6 +178,13 @@ REDUCTIONS: dict[str, Func] = {
     "rms_norm": lambda x: F.rms_norm(x, (6,), C),
     "group_norm": lambda x: F.group_norm(x.sin().view(1, 2, 3), 2, C[:2], C[2:4]),
     "batch_norm in evaluation": lambda x: nn.BatchNorm1d(6).double().eval()(x.view(1, 6) ** 2),
+    "batch_norm of torch": lambda x: torch.batch_norm(
+        x.view(2, 3).sin(), C[:3], C[3:], B[:3], B[1:].square(), False, 0.1, 1e-5, False
+    ),
+    "batch_norm by the batch": lambda x: F.batch_norm(
+        x.view(3, 2) ** 2, None, None, C[:2], C[2:4], training=True
+    ),
+    "instance_norm": lambda x: F.instance_norm(x.view(1, 2, 3).sin(), weight=C[:2], bias=C[2:4]),
     "normalize": lambda x: F.normalize(x.view(2, 3).sin(), dim=1),
     "distances": lambda x: torch.cdist(x.view(3, 2), x.view(3, 2).sin() + 1),
     "mse_loss": lambda x: F.mse_loss(x.sin(), x.cos()),
