@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jacfunc._trees import codes_in
+
 Place = tuple[dict[str, Any], str]
 """A table of a module, and a name under which it may have something."""
 
@@ -73,7 +75,7 @@ def places_of(func: types.FunctionType) -> Iterator[Place]:
 def _names_in(func: types.FunctionType) -> list[str]:
     """Names of globals and attributes that it uses, inner functions included."""
     names: dict[str, None] = {}
-    for code in _codes_in(func.__code__):
+    for code in codes_in(func.__code__):
         names |= dict.fromkeys(code.co_names)
         if "getattr" in code.co_names:
             names |= dict.fromkeys([x for x in code.co_consts if isinstance(x, str)])
@@ -88,7 +90,7 @@ def reads_by_text(func: types.FunctionType) -> bool:
 def reads_unnamed(func: types.FunctionType) -> str | None:
     """By which function of Python it reads what its code does not name; None if by none."""
     functions = _UNNAMED - func.__globals__.keys()
-    for code in _codes_in(func.__code__):
+    for code in codes_in(func.__code__):
         if not (_UNNAMED | _UNNAMED_METHODS).isdisjoint(code.co_names):
             for step in dis.get_instructions(code):
                 is_global = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
@@ -102,17 +104,9 @@ def reads_unnamed(func: types.FunctionType) -> str | None:
 def _imported_in(func: types.FunctionType) -> list[types.ModuleType]:
     """Modules that it imports itself, when it runs."""
     home = str(func.__globals__.get("__package__"))
-    codes = [c for c in _codes_in(func.__code__) if dis.opmap["IMPORT_NAME"] in c.co_code[::2]]
+    codes = [c for c in codes_in(func.__code__) if dis.opmap["IMPORT_NAME"] in c.co_code[::2]]
     names = [each for code in codes for name in code.co_names for each in (name, f"{home}.{name}")]
     return [sys.modules[name] for name in names if name in sys.modules]
-
-
-def _codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code, and those of inner functions."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes_in(constant)
 
 
 def _contents(cell: types.CellType) -> Any:

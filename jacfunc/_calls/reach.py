@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -60,20 +60,5 @@ def _things(thing: Any, depth: int, visited: set[int]) -> Iterator[Any]:
         return
     visited.add(id(thing))
     yield thing
-    for part in _parts(thing):
+    for part in () if isinstance(thing, nn.Module) else referred(thing):
         yield from _things(part, depth + 1, visited)
-
-
-def _parts(thing: Any) -> Iterator[Any]:
-    if isinstance(thing, types.FunctionType):
-        yield from referred(thing)
-    elif isinstance(thing, types.MethodType):
-        yield from (thing.__self__, thing.__func__)
-    elif isinstance(thing, partial):
-        yield from (thing.func, *thing.args, *thing.keywords.values())
-    elif isinstance(thing, list | tuple | set | frozenset):
-        yield from thing
-    elif isinstance(thing, dict):
-        yield from thing.values()
-    elif not isinstance(thing, nn.Module):
-        yield from getattr(thing, "__dict__", {}).values()

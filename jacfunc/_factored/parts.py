@@ -14,6 +14,13 @@ from jacfunc._factored.use import Path, shares_memory
 from jacfunc._torch import fixed
 from jacfunc.layers import Form, Gather, Outer, Rows
 
+KnownForm: TypeAlias = Outer | Gather | Rows
+
+
+def as_known(form: Form) -> KnownForm:
+    """The form as one of the three; of another one the Jacobian is written out."""
+    return form if isinstance(form, KnownForm) else Rows(form.rows().transpose(0, 1))
+
 
 @dataclass(eq=False)
 class Part:
@@ -38,10 +45,7 @@ class Part:
 
     def of_samples(self, samples: slice, seeds: slice) -> Part:
         """The part of some of the samples, and of some cotangents of each."""
-        form = self.form
-        if not isinstance(form, Outer | Gather | Rows):
-            form = Rows(form.rows().transpose(0, 1))
-        return Part(self.path, form.of_samples(samples, seeds))
+        return Part(self.path, as_known(self.form).of_samples(samples, seeds))
 
     def entries(self, shape: torch.Size) -> Tensor:
         """Which entries of a parameter of this shape belong to the part."""

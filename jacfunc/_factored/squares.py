@@ -9,12 +9,10 @@ from typing import TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from jacfunc._factored.parts import Part, are_disjoint, placed, rows
+from jacfunc._factored.parts import KnownForm, Part, are_disjoint, as_known, placed, rows
 from jacfunc._memory import SQUARED_BYTES
 from jacfunc._types import product_dtype
 from jacfunc.layers import Form, Gather, Outer, Rows
-
-KnownForm: TypeAlias = Outer | Gather | Rows
 
 Sums: TypeAlias = dict[Hashable, tuple[Tensor, Tensor]]
 """Cotangents by place, which a weight and its bias share, with the sums of their squares."""
@@ -41,9 +39,9 @@ def add_squares(
 
 def _squared_parts(parts: Sequence[Part], param: Tensor, sums: Sums, at_once: int) -> Tensor:
     if len(parts) == 1 and not parts[0].path:
-        total = _squared(_as_known(parts[0].form, param), sums, at_once).view(param.shape)
+        total = _squared(_in_product_dtype(parts[0].form, param), sums, at_once).view(param.shape)
     elif len(parts) == 1 or are_disjoint(parts, param):
-        forms = [(part, _as_known(part.form, param)) for part in parts]
+        forms = [(part, _in_product_dtype(part.form, param)) for part in parts]
         total = placed([(part, _squared(form, sums, at_once)) for part, form in forms], param)
     else:
         blocks = written(parts, param, at_once)
@@ -65,7 +63,7 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
             blocks = written(parts, param, at_once)
             lengths.append(torch.cat([_lengths(block, 0) for block in blocks]))
             continue
-        for form in [_as_known(part.form, param) for part in parts]:
+        for form in [_in_product_dtype(part.form, param) for part in parts]:
             if isinstance(form, Rows):
                 beside.append(form.products)
             elif _has_one_position(form):
@@ -94,7 +92,7 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
     """The parts written out, ``[b, K, *param]``, for as many samples at a time as fit."""
-    forms = [_as_known(part.form, param) for part in parts]
+    forms = [_in_product_dtype(part.form, param) for part in parts]
     num_seeds, size = _seeds(forms[0]).shape[:2]
     step = _samples_within(at_once, num_seeds * param.numel() * param.element_size())
     for start in range(0, size, step):
@@ -226,9 +224,9 @@ def _has_one_position(form: KnownForm) -> TypeGuard[Outer]:
     return isinstance(form, Outer) and form.cotangents.shape[2:4] == (1, 1)
 
 
-def _as_known(form: Form, param: Tensor) -> KnownForm:
-    """The form in the dtype of products; rows if the form is none of the three."""
-    known = form if isinstance(form, KnownForm) else Rows(form.rows().transpose(0, 1))
+def _in_product_dtype(form: Form, param: Tensor) -> KnownForm:
+    """The form as a known one, in the dtype of products."""
+    known = as_known(form)
     before = _seeds(known)
     is_wide = before.dtype == param.dtype and before.itemsize > 2
     dtype = before.dtype if is_wide else product_dtype(before, param)

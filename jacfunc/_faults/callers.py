@@ -20,6 +20,7 @@ from jacfunc._torch import (
     inside_transform,
     is_pushing,
     is_tracked,
+    nodes_behind,
 )
 from jacfunc._trees import map_tensors
 from jacfunc._types import is_differentiable
@@ -224,14 +225,4 @@ def asker() -> str:
 def leads_to(starts: Iterable[Any], ends: Sequence[Tensor]) -> bool:
     """Does a path of the graph lead from one of these nodes to one of the ends?"""
     nodes = {end.grad_fn for end in ends}
-    pending = list(starts)
-    seen: set[Any] = {None}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        if node in nodes:
-            return True
-        seen.add(node)
-        pending += [below for below, _ in node.next_functions]
-    return False
+    return any(node in nodes for node in nodes_behind(starts))

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._factored import FactoredJacobian, Part, place_of, rows
+from jacfunc._factored import FactoredJacobian, Part, as_known, place_of, rows
 from jacfunc._kernels.answers import Answers
 from jacfunc._kernels.blocks import KeptAxes, LeafRows, leaf_rows
 from jacfunc._lending import versions_of
@@ -135,9 +135,10 @@ def as_matrix(kernel: Tensor, center: bool, dtype: torch.dtype) -> Tensor:
 
 def _divided(form: Form) -> tuple[Leaves, Callable[..., Form]]:
     """The tensors that a form is made of, and what makes one like it of others."""
+    form = as_known(form)
     if isinstance(form, Outer):
         made: Any = partial(Outer, shape=form.shape, is_transposed=form.is_transposed)
         return (form.inputs, form.cotangents), made
     if isinstance(form, Gather):
         return (form.index, form.cotangents), partial(Gather, shape=form.shape)
-    return (form.products if isinstance(form, Rows) else form.rows().transpose(0, 1),), Rows
+    return (form.products,), Rows

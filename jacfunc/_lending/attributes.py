@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._torch import recording
-from jacfunc._trees import flatten, flatten_containers, referred, unflatten
+from jacfunc._trees import attributes_of, flatten, flatten_containers, referred, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
 FEW_ENTRIES = 1000
@@ -86,7 +86,7 @@ def _objects_in(value: object, visited: set[int]) -> Iterator[Any]:
             pending.append(item.__self__)
         elif isinstance(item, partial):
             pending += [item.func, *item.args, *item.keywords.values()]
-        if not isinstance(item, MethodType) and type(own := _own(item)) is dict and own:
+        if not isinstance(item, MethodType) and type(own := attributes_of(item)) is dict and own:
             yield item
             pending += own.values()
 
@@ -112,25 +112,9 @@ def tensors_in(value: object) -> list[Tensor]:
         visited.add(id(item))
         if isinstance(item, Tensor):
             tensors.append(item)
-        elif isinstance(item, _SHALLOW):
-            pending += _entries(item)
-        elif isinstance(item, FunctionType):
+        else:
             pending += referred(item)
-        elif isinstance(item, MethodType):
-            pending.append(item.__self__)
-        elif isinstance(item, partial):
-            pending += [item.func, item.args, item.keywords]
-        elif not isinstance(item, type | ModuleType) and type(own := _own(item)) is dict:
-            pending += own.values()
     return tensors
-
-
-def _own(item: object) -> object:
-    """The dict of an object's attributes, without a call of its ``__getattribute__``."""
-    try:
-        return object.__getattribute__(item, "__dict__")
-    except AttributeError:
-        return None
 
 
 def detached_copy(tree: Any) -> Any:

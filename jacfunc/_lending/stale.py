@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jacfunc._errors import Stale
-from jacfunc._torch import below_transforms
+from jacfunc._torch import below_transforms, nodes_behind
 from jacfunc._trees import flatten
 from jacfunc._types import Tree
 
@@ -58,19 +58,8 @@ def check_fresh(
 
 def _leaves(nodes: Iterable[Any], ends: set[Any]) -> list[Tensor]:
     """Leaves of the graph that paths from the nodes lead to, where no end is in between."""
-    pending, visited, leaves = list(nodes), set(ends), []
-    visited.add(None)
-    while pending:
-        node = pending.pop()
-        if node in visited:
-            continue
-        visited.add(node)
-        below = node.next_functions
-        if below:
-            pending += [edge[0] for edge in below]
-        elif hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves
+    behind = nodes_behind(nodes, ends)
+    return [node.variable for node in behind if hasattr(node, "variable")]
 
 
 def _stem(node: Any) -> Iterable[Any]:

@@ -38,8 +38,9 @@ def sample_chunks(
 
 
 def batch_size(leaves: Leaves, dims: Dims) -> int:
-    """How many samples there are."""
-    return next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
+    """How many samples there are; one where no leaf holds samples."""
+    pairs = zip(leaves, dims, strict=True)
+    return next((x.shape[d] for x, d in pairs if d is not None), 1)
 
 
 def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
@@ -85,10 +86,7 @@ class Samples:
     @cached_property
     def size(self) -> int:
         """How many there are."""
-        for leaf, dim in zip(self.leaves, self.dims, strict=True):
-            if dim is not None:
-                return leaf.shape[dim]
-        return 1
+        return batch_size(self.leaves, self.dims)
 
     def each(self, param: Tensor) -> Tensor:
         """A parameter as ``[B, *param]``, each sample's own."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from jacfunc._torch import below_transforms, dtypes_of
+from jacfunc._torch import below_transforms, dtypes_of, nodes_behind
 
 _SEQUENCE = methodcaller("_sequence_nr")
 
@@ -187,15 +187,8 @@ def nodes_of_calls(calls: Iterable[tuple[Any, set[Any]]]) -> list[set[Any]]:
 
 def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     """The dtypes in which the tensors were computed, that of autocast inside of a function, too."""
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    visited, dtypes = {None}, set[torch.dtype]()
-    while pending:
-        node = pending.pop()
-        if node not in visited:
-            visited.add(node)
-            dtypes.update(dtypes_of(node))
-            pending += [below for below, _ in node.next_functions]
-    return dtypes
+    nodes = nodes_behind([tensor.grad_fn for tensor in tensors])
+    return {dtype for node in nodes for dtype in dtypes_of(node)}
 
 
 _OF_SIZES = "size", "stride", "numel", "_saved_N"  # as normalization over groups names samples

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._factored import Part, place_of, placed
+from jacfunc._factored import Part, as_known, place_of, placed
 from jacfunc._types import Leaves, product_dtype
 from jacfunc.layers import Gather, Outer, Rows
 
@@ -87,9 +87,7 @@ class FactoredProducts:
 
 def _known(part: Part) -> tuple[Part, Tensor]:
     """The part in one of three forms, and the cotangents in it: ``[K, B, …]``."""
-    form = part.form
-    if not isinstance(form, Outer | Gather | Rows):
-        form = Rows(form.rows().transpose(0, 1))
+    form = as_known(part.form)
     if isinstance(form, Rows):
         # with as many dimensions as cotangents of a layer, equal ones are found by their memory
         seeds = form.products.reshape(*form.products.shape[:2], 1, 1, -1)

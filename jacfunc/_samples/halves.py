@@ -15,10 +15,14 @@ from torch import Tensor
 
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, at_most, evenly
+from jacfunc._rounding import are_near
 from jacfunc._types import Leaves
 
 MOST_HALVES = 6
 """Halves of one check. Of up to 20 samples, for each ordered pair one half has the first alone."""
+
+ROUGHLY = 2 / 3
+"""Other operations round numbers otherwise by less than this power of the precision."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +101,22 @@ class Quantity:
 
         A nan agrees with a nan.
         """
-        numbers, expected = self.tensor, self._expected(other)
-        if torch.equal(numbers, expected):
-            return True
-        if numbers.shape != expected.shape or numbers.dtype != expected.dtype:
-            return False
-        nan, expected_nan = numbers.isnan(), expected.isnan()
-        may_be_nan = self.is_sum or self.must_be_zero
-        same_nan = (nan | expected_nan) if may_be_nan else (nan & expected_nan)
-        return bool(((numbers == expected) | same_nan).all())
+        return self._is_near(other, None, self.is_sum or self.must_be_zero)
 
     def agrees_roughly(self, other: Quantity) -> bool:
         """Is it that of the other batch up to the rounding of other operations?"""
-        numbers, expected = self.tensor, self._expected(other)
-        if numbers.shape != expected.shape:
+        return self._is_near(other, ROUGHLY, self.is_sum)
+
+    def _is_near(self, other: Quantity, power: float | None, may_be_nan: bool) -> bool:
+        numbers = self.tensor
+        expected = torch.zeros_like(numbers) if self.must_be_zero else other.tensor
+        is_exact = power is None
+        if numbers.shape != expected.shape or (is_exact and numbers.dtype != expected.dtype):
             return False
-        nan, expected_nan = numbers.isnan(), expected.isnan()
-        same_nan = (nan | expected_nan) if self.is_sum else (nan & expected_nan)
-        sizes = torch.cat((numbers.flatten(), expected.flatten())).abs()
-        rounding = torch.finfo(numbers.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
-        is_near = (numbers - expected).abs() <= rounding
-        return bool((is_near | (numbers == expected) | same_nan).all())
+        if may_be_nan and not torch.equal(numbers, expected):
+            is_nan = numbers.isnan() | expected.isnan()
+            numbers, expected = (x.masked_fill(is_nan, 0) for x in (numbers, expected))
+        return are_near(numbers, expected, power)
 
     def is_same_as(self, again: Quantity) -> bool:
         """Does another evaluation of this batch give the same, bit by bit?"""
@@ -126,9 +125,6 @@ class Quantity:
     def is_roughly(self, again: Quantity) -> bool:
         """Does another evaluation of this batch give the same up to rounding?"""
         return replace(self, must_be_zero=False).agrees_roughly(again)
-
-    def _expected(self, other: Quantity) -> Tensor:
-        return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 
 
 def halves(size: int, generator: torch.Generator) -> list[Half]:

@@ -34,7 +34,7 @@ from jacfunc._torch.levels import (
     off_graph,
     outside_transforms,
 )
-from jacfunc._torch.pullback import Pull, dtypes_of, innermost_level, is_right_twice
+from jacfunc._torch.pullback import Pull, dtypes_of, innermost_level, is_right_twice, nodes_behind
 from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +52,17 @@ class Pull:
 
     running_node: ClassVar[Callable[[], Any]] = torch._C._current_autograd_node
     """The node of a graph whose backward pass runs; None outside of backward passes."""
+
+
+def nodes_behind(nodes: Iterable[Any], ends: Iterable[Any] = ()) -> Iterator[Any]:
+    """These nodes of a graph and all that lie behind them, each once, where no end is between."""
+    pending, visited = list(nodes), {None, *ends}
+    while pending:
+        node = pending.pop()
+        if node not in visited:
+            visited.add(node)
+            yield node
+            pending += [below for below, _ in node.next_functions]
 
 
 def dtypes_of(node: Any) -> list[torch.dtype]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from types import CellType, CodeType, FunctionType, SimpleNamespace
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -129,8 +129,32 @@ def put_together(kind: Any, keys: Sequence[Any], values: Iterable[Any]) -> Any:
     return new
 
 
-def referred(function: FunctionType) -> Iterator[Any]:
-    """What a function of Python refers to: what it closes over, its defaults, globals by name.
+def referred(thing: Any) -> Iterable[Any]:
+    """What a thing refers to: items, attributes, what a function closes over or is bound to."""
+    if isinstance(thing, FunctionType):
+        return _referred_by_function(thing)
+    if isinstance(thing, MethodType):
+        return thing.__self__, thing.__func__
+    if isinstance(thing, partial):
+        return thing.func, *thing.args, *thing.keywords.values()
+    if isinstance(thing, dict):
+        return thing.values()
+    if isinstance(thing, list | tuple | set | frozenset | deque):
+        return thing
+    own = None if isinstance(thing, type | ModuleType) else attributes_of(thing)
+    return own.values() if type(own) is dict else ()
+
+
+def attributes_of(thing: object) -> Any:
+    """The dict of an object's attributes, without a call of its ``__getattribute__``."""
+    try:
+        return object.__getattribute__(thing, "__dict__")
+    except AttributeError:
+        return None
+
+
+def _referred_by_function(function: FunctionType) -> Iterator[Any]:
+    """What a function of Python closes over, its defaults, and globals that it names.
 
     Of torch's and our own functions the globals are left out.
     """
@@ -140,12 +164,13 @@ def referred(function: FunctionType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
     table = function.__globals__
     if not f"{table.get('__name__')}.".startswith(("torch.", "jacfunc.")):
-        yield from (table[name] for name in _names(function.__code__) if name in table)
+        names = [name for code in codes_in(function.__code__) for name in code.co_names]
+        yield from (table[name] for name in names if name in table)
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Names of the globals and attributes that a code uses, inner functions included."""
-    yield from code.co_names
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """A code, and those of inner functions."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from codes_in(constant)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import wrap_argnums
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
+from jacfunc._linear_map import batch_size
 from jacfunc._measuring import Run, is_here
 from jacfunc._modules import Batching, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
@@ -217,8 +218,7 @@ class Problem:
     def size(self) -> int:
         """The number of samples; 1 where the batch is not taken apart."""
         tensors, dims = self.samples()
-        pairs = zip(tensors.leaves, dims, strict=True)
-        return next((x.shape[d] for x, d in pairs if d is not None), 1)
+        return batch_size(tensors.leaves, dims)
 
     def describe(self) -> str:
         """The problem in words."""
