@@ -12,7 +12,7 @@ ROUNDING = 0.5
 """Two ways to one answer differ by less than this power of the precision."""
 
 NOISE = 64.0
-"""So many units of the precision may be left where terms cancel."""
+"""Units of the precision that may be left where terms cancel."""
 
 
 def agree(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> bool:

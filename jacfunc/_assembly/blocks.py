@@ -14,7 +14,7 @@ from jacfunc._torch import memories_of, untracked
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
-"""From the first chunk and the number of seeds to the tensors that all chunks are written into."""
+"""Makes the tensors for all chunks, from the first chunk and the number of seeds."""
 
 
 def allocated(first: Leaves, total: int) -> Leaves:

@@ -115,16 +115,16 @@ def _of_block(row: Sequence[Tensor], number: int) -> Tensor:
 
 
 def _of_rows(rows: Tensor, start: int) -> Tensor:
-    """Of rows ``[K, *in]``, the first of which is number ``start``, the entries of the diagonal."""
+    """The entries on the diagonal of rows ``[K, *in]``, numbered from ``start`` on."""
     flat = rows.reshape(len(rows), -1)
     numbers = torch.arange(len(rows), device=rows.device)
     return flat[numbers, (numbers + start) % flat.shape[1]]
 
 
 def _of_columns(columns: Tensor, start: int, primal: Tensor) -> Iterator[Tensor]:
-    """Of columns ``[K, *lead, *in]``, numbered from ``start`` of this input, those entries.
+    """The entries on the diagonal of columns ``[K, *lead, *in]``, numbered from ``start`` on.
 
-    Nothing comes if they are columns of other inputs.
+    The numbers count from the first column of this input; columns of other inputs give nothing.
     """
     size, stop = primal.numel(), start + len(columns)
     low, high = max(start, 0), min(stop, size)

@@ -29,7 +29,7 @@ VAST = 2**28
 """Entries of a result of which it is asked whether the machine can hold them."""
 
 Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
-"""From the number of seeds at once to the products of all seeds, chunk by chunk."""
+"""Gives the products of all seeds, chunk by chunk, for a number of seeds at once."""
 
 
 @dataclass(eq=False)

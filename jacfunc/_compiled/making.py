@@ -32,7 +32,7 @@ from jacfunc._trees import flatten_containers
 from jacfunc._types import Leaves, Tree
 
 MOST_TIMED, ENOUGH = 4, 0.02
-"""So many runs are timed, but none after so many seconds."""
+"""At most this many runs are timed, and none once they have taken this many seconds."""
 
 Running: TypeAlias = Executable | Differentiable | Divided
 

@@ -89,7 +89,7 @@ class Speed(NamedTuple):
 SPEEDS: Mapping[str, Speed] = MappingProxyType(
     {"inductor": Speed(6e5, 2900.0, 0.4), "replay": Speed(0.0, 0.0, 1.0)}
 )
-"""Of an evaluation's operations; measured on perceptrons of 2 to 13 layers on one core."""
+"""The speeds of backends, measured on perceptrons of 2 to 13 layers on one core."""
 
 TRACED = 400.0
 """Traces take so many times what Python and torch's dispatcher take in a call."""

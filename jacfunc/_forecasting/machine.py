@@ -46,11 +46,11 @@ MATRIX_BYTES, PAGE, PAGE_APART = 2**22, 2**12, 1.7
 that lie a page apart share places in caches: to multiply few columns takes so many times longer."""
 
 MANY_COLUMNS = 16
-"""From so many on, the time of a product of matrices grows with their number."""
+"""From this many columns on, the time of a product of matrices grows with their number."""
 
 MOST_SEEDS, MOST_IMAGES = 256, 64
 SIDE, FEW_CHANNELS = 16, 4
-"""Of images that are convolved where no channels are taken together."""
+"""Side and channels of images that are convolved where no channels are taken together."""
 
 BLOCKS = {"AVX512": 16, "AVX2": 8}
 """How many float32 numbers a vector unit takes at once."""

@@ -35,7 +35,7 @@ def mul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 @Batched
 def div(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Of ``a = y b``: ``y' = (a' - y b') / b``, ``y'' = (a'' - y b'' - 2 y' b') / b``."""
+    """From ``a = y b``: ``y' = (a' - y b') / b``, ``y'' = (a'' - y b'' - 2 y' b') / b``."""
     a, b = _two(args, kwargs)
     value = func(ctx.value(a), ctx.value(b))
     return quotient(ctx, value, a, b)
@@ -160,7 +160,7 @@ def _trace(matrices: Tensor) -> Tensor:
 
 
 def inv(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Of ``A Y = 1``: ``Y' = -Y A' Y``, ``Y'' = -Y (A'' Y + 2 A' Y')``."""
+    """From ``A Y = 1``: ``Y' = -Y A' Y``, ``Y'' = -Y (A'' Y + 2 A' Y')``."""
     (matrix,) = args or (kwargs["A"],)
     inverse = func(matrix.value)
     first = -(inverse @ matrix.first @ inverse)
@@ -171,7 +171,7 @@ def inv(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def solve(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Of ``A X = B``: ``X' = A⁻¹ (B' - A' X)``, ``X'' = A⁻¹ (B'' - A'' X - 2 A' X')``."""
+    """From ``A X = B``: ``X' = A⁻¹ (B' - A' X)``, ``X'' = A⁻¹ (B'' - A'' X - 2 A' X')``."""
     if kwargs or len(args) != 2:
         raise NotImplementedError("it has further arguments")
     matrix, right = args

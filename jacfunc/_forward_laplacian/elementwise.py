@@ -16,7 +16,7 @@ Derivatives: TypeAlias = tuple[Tensor, Tensor | None]
 """The first and the second derivative at each entry; None for a second one of zeros."""
 
 Formula: TypeAlias = Callable[..., Derivatives]
-"""From input, output and the further arguments of a function to its derivatives."""
+"""Gives the derivatives of a function, from its input, its output and further arguments."""
 
 
 def elementwise(formula: Formula) -> Rule:

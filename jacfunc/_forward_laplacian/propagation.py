@@ -28,7 +28,7 @@ from jacfunc._torch import inside_derivative, sweep_batch, tracked, untracked
 from jacfunc._types import Leaves
 
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
-"""From a propagation, a function of torch and its arguments, jets among them, to its result."""
+"""Gives what a function of torch returns in a propagation for arguments with jets among them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Batched:
 
 
 by_weight = partial(Batched, most=2)
-"""Of a product of the first argument's last dimension with a matrix or vector."""
+"""The rule of a product that sums over the last dimension of the first argument."""
 
 
 class Propagation(TorchFunctionMode):

@@ -76,7 +76,7 @@ def logsumexp(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def extreme(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Of all entries, or of two tensors, the largest or smallest; equal ones share a derivative."""
+    """The largest or smallest of all entries, or of two; equal ones share the derivative."""
     if len(args) == 2 and isinstance(args[1], Tensor) and not kwargs:
         return extreme_of_two(ctx, func, args, kwargs)
     if len(args) > 1 or kwargs:

@@ -23,7 +23,7 @@ from jacfunc.strategies import Looped, Reverse, Strategy
 API = "graph_jacobian"
 
 MOST_ALONE = 3
-"""So many rows are swept one by one under auto: a vmap would take longer than it saves."""
+"""Up to this many rows are swept one by one under auto: a vmap takes longer than it saves."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from jacfunc._traces import MOST_BYTES, WrittenWork
 from jacfunc._types import Leaves
 
 FEWEST_ANSWERS = 4
-"""So many answers are taken otherwise; to get there, a kind of call has been made more often."""
+"""The answer of this number is written down; by then a kind of call has been made more often."""
 
 
 class Answers:

@@ -34,7 +34,7 @@ class BlockBytes:
     @classmethod
     @torch.no_grad()
     def of(cls, samples: KernelSamples, size: int, axes: KeptAxes) -> BlockBytes:
-        """Those of the first samples of a batch, of which all is made as later."""
+        """The bytes of the first samples of a batch, counted while rows and a block are made."""
         with PeakBytes() as making:
             every = SampleRange(samples, 0, size).rows(axes)
         rows, peaks = making.live, []

@@ -55,7 +55,7 @@ class Loan:
     evaluation: EvaluationState | None = None
     """The one whose tensors are in place; None while the attributes are those of before."""
     versions: list[int] | None = None
-    """Of the tables of the snapshot, when these tensors were put in place."""
+    """Versions of the snapshot's tables, when the tensors of the evaluation were put in place."""
 
     def lend(
         self, evaluation: EvaluationState, new: dict[int, Any], params: Collection[Tensor]
@@ -137,7 +137,7 @@ class LentForCall:
     """Around all sweeps of a call. A generator that does this takes three times as long."""
 
     loans: list[Loan]
-    """Those to calls that run, the innermost last."""
+    """The loans to calls that run, the innermost last."""
     loan: Loan
 
     def __enter__(self) -> None:

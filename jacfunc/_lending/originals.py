@@ -132,7 +132,7 @@ class Casting(NamedTuple):
 
     @classmethod
     def now(cls, leaves: Leaves) -> Casting:
-        """As it is now, for the devices of the leaves and the CPU."""
+        """Autocast as it is now, on the devices of the leaves and on the CPU."""
         devices = {"cpu", *{x.device.type for x in leaves}} - {"meta"}
         return cls([_casting_on(device) for device in devices])
 

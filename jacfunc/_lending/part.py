@@ -19,7 +19,7 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]
 _REGISTRIES = [*_HOOKS, "_modules", "_non_persistent_buffers_set"]
-"""Those among them that hold hooks, submodules and names."""
+"""Attributes of every module that hold hooks, submodules and names."""
 _REGISTRIES_OF = itemgetter(*_REGISTRIES)
 Attributes: TypeAlias = dict[str, Any]
 
@@ -36,7 +36,7 @@ class ModulePart:
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
     plain: Attributes
-    """Those of its own attributes of which each evaluation gets a copy."""
+    """Its own attributes of which each evaluation gets a copy."""
     filled: list[tuple[Any, Any]]
     """Registries with entries, and copies of them."""
     empty: list[Any]

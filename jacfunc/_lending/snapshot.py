@@ -38,7 +38,7 @@ class Snapshot:
         return rows is not None and rows.are_current(is_untouched)
 
     def changed_parts(self) -> list[ModulePart]:
-        """Those parts, but for TorchScript's, that are made of other objects now."""
+        """The parts that are made of other objects now; parts of TorchScript are left out."""
         if self.is_current():
             return []
         return [p for p in self.parts if not p.is_scripted and not p.is_as_at_first()]

@@ -35,7 +35,7 @@ TRANSPOSE_ROUNDING = 0.4
 
 
 TERMS_AT_ONCE = 2**18
-"""Of so many numbers terms of an inner product exist at once."""
+"""Terms of an inner product that exist at once."""
 
 
 def check_agreement(
@@ -147,7 +147,7 @@ class _Terms(NamedTuple):
 
 
 def _inner_product(lefts: Leaves, rights: Leaves) -> _Terms:
-    """Of all leaves, in single precision at least: small ones at once, of others some rows."""
+    """The inner product of all leaves, in single precision at least, some terms at a time."""
     total, squares, small = 0.0, 0.0, []
     for x, y in zip(lefts, rights, strict=True):
         dtype = torch.promote_types(x.dtype, torch.float32)

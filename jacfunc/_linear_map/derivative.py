@@ -105,7 +105,7 @@ class _Push:
     """
 
     makes_copies = True
-    """It copies the point itself, before ``func`` may write into it."""
+    """Does it copy the point itself, before ``func`` may write into it?"""
     state = None
 
     def __init__(self, func: LeafFunction, seeds: Leaves, of: int) -> None:

@@ -73,7 +73,7 @@ class TorchLoss:
 
     @property
     def settings(self) -> Settings:
-        """All settings."""
+        """All settings, those by default among them."""
         return {**DEFAULTS, **self.own}
 
     @property
@@ -207,7 +207,7 @@ FORMULAS: Mapping[int, Formulas] = {
     id(F.binary_cross_entropy_with_logits): _of_logits,
     id(F.poisson_nll_loss): _of_rates,
 }
-"""By the identities of torch's functions."""
+"""What makes the formula of a loss, by the identity of torch's function."""
 
 FUNCTION_OF: Mapping[type, Any] = {
     nn.CrossEntropyLoss: F.cross_entropy,

@@ -50,7 +50,7 @@ _here = _Here()
 
 
 def at_most(nbytes: int) -> int:
-    """So many bytes, or a small part of the budget of the call around, if that is less.
+    """A number of bytes, or a small part of the budget of the call around, if that is less.
 
     There may be copies, and what lies between those bytes and the others that work is counted by.
     """

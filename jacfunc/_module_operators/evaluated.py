@@ -95,7 +95,7 @@ class Evaluated:
         return evaluated
 
     def checked(self) -> Evaluated:
-        """Itself, where samples do not depend on each other, and inputs can be told of.
+        """The same object, once it is seen that samples do not depend on each other.
 
         Raises:
             ValueError, NotImplementedError: where not.
@@ -122,14 +122,14 @@ class Evaluated:
 
     @kept_property
     def domain(self) -> Space:
-        """Of vectors like the parameters, the inputs, or both."""
+        """The space of vectors like the parameters, the inputs, or both."""
         if not self._is_by_params or self.at_batch is None or self.at_batch.settled is None:
             return self._domain_now()
         kinds = tuple(map(_KIND, self.call.state.point.values()))
         return _spaces().get_or_make(self.call.state.version, kinds, self._domain_now)
 
     def codomain(self, output: Tensor) -> Space:
-        """Of vectors like the only output of a settled kind of call."""
+        """The space of vectors like the only output of a settled kind of call."""
         make = partial(Space.of, output)
         return _spaces().get_or_make(self.call.state.version, _KIND(output), make)
 

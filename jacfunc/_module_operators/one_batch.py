@@ -56,7 +56,7 @@ class ModuleOperator(DetachedOperator):
         """The last cotangent that was pulled back from rows alone."""
 
     def matrix(self, *, chunk_size: int | None = 256) -> Tensor:
-        """As of any operator; of independent samples by a sweep for each number of one sample."""
+        """The matrix; of independent samples by one sweep for each output of a sample."""
         samples = self._lone_samples
         if samples is None:
             return super().matrix(chunk_size=chunk_size)
@@ -70,7 +70,7 @@ class ModuleOperator(DetachedOperator):
         return matrix
 
     def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-        """As of any operator; of independent samples from the factors of layers, without J."""
+        """``J Jᵀ``; of independent samples from the factors of layers, without J."""
         samples = self._lone_samples
         if samples is None:
             return super().gram(center=center, dtype=dtype)
@@ -78,7 +78,7 @@ class ModuleOperator(DetachedOperator):
         return samples.gram(center, dtype or self.dtype)
 
     def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
-        """As of any operator; of a diagonal and independent samples from the factors of layers."""
+        """``J S Jᵀ``; from the factors of layers, if S is diagonal and samples are independent."""
         check_flags(self.api, per_sample=per_sample)
         samples = self._lone_samples
         leaves = self.diagonal_of(middle) if per_sample and samples else None
@@ -87,19 +87,19 @@ class ModuleOperator(DetachedOperator):
         return samples.variances(leaves)
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
-        """As of any operator; of independent samples from the factors of layers."""
+        """Rows of some samples; of independent samples from the factors of layers."""
         samples = self.evaluated.samples
         return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
 
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
-        """As of any operator, compared with a product of the transpose."""
+        """``J v`` of K vectors, compared with a product of the transpose."""
         uncompared, self._uncompared = self._uncompared, None
         if uncompared is not None:
             super().pullback_batch(uncompared)
         return super().pushforward_batch(tangents)
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        """As of any operator; from rows that are kept, until a product with J is asked for."""
+        """``Jᵀ u`` of K vectors; from rows that are kept, until a product with J is asked for."""
         is_alone = self._pair is None and not (self._was_pulled or is_followed(cotangents))
         samples = self._lone_samples if is_alone else None
         products = samples.pulled(cotangents) if samples else None

@@ -70,7 +70,7 @@ class OverBatches(LinearOperator):
         return total
 
     def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-        """As of any operator; of independent samples from the factors of layers of all batches."""
+        """``J Jᵀ``; of independent samples from the factors of layers of all batches."""
         every = [self._at(positional(batch)).samples for batch in self._pass()]
         batches = [samples.at_batch for samples in every if samples is not None]
         if len(batches) < len(every) or len(self.codomain.leaves) > 1:

@@ -110,7 +110,7 @@ class ModuleAtBatch:
     params: dict[str, Tensor] = field(init=False)  # those that are chosen, by name
     size: int = field(init=False)  # how many samples there are
     random_state: RandomState = field(init=False)
-    """As it was when the call began: every evaluation draws the same numbers."""
+    """The state of the generators when the call began: every evaluation draws the same numbers."""
     last_call: FlatCall | OneTensor = field(init=False)  # with the trees of the output
     is_lent_once: bool = True
     evaluations: Evaluations = field(default_factory=Evaluations)

@@ -64,7 +64,7 @@ class SettledCalls:
         flat: bool,
         beside: Sequence[Any],
     ) -> Self | None:
-        """Those of a door; None where its results are others, as options ``beside`` these say."""
+        """The settled calls of a door; None if an option asks for results of another form."""
         # of another order, or a tuple of one, the tree is another one
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
         if is_compiling() or not (is_known and _are_usual(options, beside)):

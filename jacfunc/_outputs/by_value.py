@@ -46,7 +46,7 @@ class ByValue(ABC):
         return self.numbers_of(type(self).__name__, Split.of(outputs).leaves)
 
     def numbers_of(self, api: str, outputs: Leaves, first: int = 0) -> Tensor:
-        """Those of leaves ``[B, *out]``."""
+        """The numbers ``[B, R]`` of the chosen outputs, from leaves ``[B, *out]``."""
         if self.dim is None:
             sizes = [leaf.shape[1:].numel() for leaf in outputs]
             pairs = zip(outputs, sizes, strict=True)

@@ -186,7 +186,7 @@ class ChosenCall(FlatCall):
         return every
 
     def all_and_others(self, extras: Leaves) -> tuple[Leaves, Leaves]:
-        """All outputs, which are kept in front of the other extras; and these."""
+        """All outputs, which are kept in front of the other extras; and the other extras."""
         return extras[: self._count], extras[self._count :]
 
     def rows_of(self, leaves: Leaves, lead: int) -> Tensor:

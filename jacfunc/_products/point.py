@@ -107,7 +107,7 @@ class PointProducts:
         self._is_transposed, self._pair = True, None
 
     def _dtypes(self) -> set[torch.dtype]:
-        """Those in which products are computed."""
+        """The dtypes in which products are computed."""
         with self._around():
             return self._keep_graph().dtypes()
 

@@ -122,7 +122,7 @@ class SampledCall:
         return self._ruled(start, stop, random_state, may_draw=True)
 
     def _ruled(self, start: int, stop: int, random_state: RandomState, may_draw: bool) -> Evaluated:
-        """As a whole, if all uses of parameters have rules."""
+        """Samples evaluated as a whole, if all uses of parameters have rules."""
         learned, is_one = self.learned_as_a_whole, stop - start == 1
         if not learned.others or is_one:
             jacobian, call = self._whole(start, stop, random_state, may_draw)

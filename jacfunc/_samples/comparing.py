@@ -22,7 +22,7 @@ GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 place n has the outputs of sample ``numbers[n]``, and the targets of sample ``others[n]``."""
 
 MANY = 64
-"""So many samples are compared at once in any case, unless memory is to be spared."""
+"""Samples that are compared at once in any case, unless memory is to be spared."""
 
 
 @dataclass(frozen=True)

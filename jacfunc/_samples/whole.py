@@ -37,7 +37,7 @@ WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
 among the tensors of these samples."""
 
 PULLED_ROUNDING = 0.3
-"""By this power of the precision what two batches pull back to a sample may differ, at most."""
+"""What two batches pull back to a sample differs by less than this power of the precision."""
 
 Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""

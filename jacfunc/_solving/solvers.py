@@ -24,7 +24,7 @@ from jacfunc._torch import (
 from jacfunc._types import Leaves, RowMap
 
 PRECISE = torch.float64
-"""In which systems are solved: of float32 numbers only those of the matrix are left to err."""
+"""Systems are solved in this dtype; of an operator in float32 only its products are rounded."""
 
 IN_BYTES = 3 * 8
 """Bytes that a factorization takes for each entry: the matrix and its factor, and work on them."""

@@ -41,7 +41,7 @@ _REPLACED = types.FunctionType, types.BuiltinFunctionType
 """What others replace in an installed module: functions."""
 
 MOST = 50_000
-"""So many things are looked at; who refers to more is refused."""
+"""A function that refers to more things than this is refused."""
 
 
 class Surroundings:

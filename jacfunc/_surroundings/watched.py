@@ -45,7 +45,7 @@ class Watched:
     copied: list[Any] = field(default_factory=list)
     """Arrays and sets, which are compared by what they hold."""
     tensors: list[Tensor] = field(default_factory=list)
-    """They are compared by the hooks on their gradients."""
+    """Tensors, which are compared by the hooks on their gradients."""
     empty: list[Any] = field(default_factory=list)
     """Containers of nothing: most tables of a module are, and it takes little to see that."""
 

@@ -55,7 +55,7 @@ class Pull:
 
 
 def nodes_behind(nodes: Iterable[Any], ends: Iterable[Any] = ()) -> Iterator[Any]:
-    """These nodes of a graph and all that lie behind them, each once, where no end is between."""
+    """Nodes of a graph, and all nodes behind them up to the ends, each once; without the ends."""
     pending, visited = list(nodes), {None, *ends}
     while pending:
         node = pending.pop()

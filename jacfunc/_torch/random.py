@@ -23,7 +23,7 @@ GeneratorState: TypeAlias = tuple[torch.Tensor, ...]
 _STATES = RLock()
 
 _TRIES = 8
-"""So many evaluations are made to see whether they draw: each takes less time than the first."""
+"""At most this many evaluations are made to see whether one draws random numbers."""
 
 _ALWAYS = (
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),

@@ -70,8 +70,8 @@ def call_of_all_samples(
 
 
 LARGE_PRODUCT, LARGE_WEIGHT = 2**21, 2**10
-"""From so many multiplications on, oneDNN's product of matrices was up to twice as fast. A weight
-with fewer numbers than the second is not looked at."""
+"""For at least this many multiplications oneDNN's product of matrices was up to twice as fast. A
+weight with fewer numbers than the second is not looked at."""
 
 
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Contraction:
 
 
 def unused(letters: str, count: int) -> str:
-    """So many letters that are not among these."""
+    """Letters that are not among these; ``count`` of them."""
     return "".join(k for k in ascii_letters if k not in letters)[:count]
 
 

@@ -172,7 +172,7 @@ class Rows:
 
     @classmethod
     def like(cls, param: Tensor, products: Tensor) -> Rows:
-        """Of a parameter ``[B, *shape]`` that was broadcast to z, by products ``[K, B, *z]``."""
+        """The form of a parameter ``[B, *shape]`` that was broadcast to z: products summed back."""
         return cls(summed(products, param.shape[1:]))
 
     def rows(self) -> Tensor:

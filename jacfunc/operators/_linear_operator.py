@@ -16,7 +16,7 @@ from jacfunc.operators._solve import Solves
 from jacfunc.operators._space import Space
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
-"""From K vectors to K products, leaf by leaf."""
+"""Gives the products of K vectors, leaf by leaf."""
 
 
 class LinearOperator(Solves):

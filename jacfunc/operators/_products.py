@@ -52,12 +52,12 @@ class Products(BesideArrays, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix."""
+        """The dtype of the matrix."""
         return torch.promote_types(self.domain.dtype, self.codomain.dtype)
 
     @property
     def device(self) -> torch.device:
-        """Of the matrix."""
+        """The device of the matrix."""
         return self.domain.device
 
     # --- products ---

@@ -64,13 +64,13 @@ class Space:
 
     @kept_property
     def dtype(self) -> torch.dtype:
-        """Of flat vectors: the widest of the leaves' dtypes."""
+        """The dtype of flat vectors: the widest of the leaves' dtypes."""
         default = torch.get_default_dtype()
         return reduce(torch.promote_types, {x.dtype for x in self.leaves} or {default})
 
     @property
     def device(self) -> torch.device:
-        """Of flat vectors: that of the first leaf."""
+        """The device of flat vectors: that of the first leaf."""
         return self.leaves[0].device if self.leaves else torch.get_default_device()
 
     @kept_property
