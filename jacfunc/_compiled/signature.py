@@ -64,13 +64,21 @@ class CallArguments(NamedTuple):
         """Makes arguments of other leaves: a function that returns ``(args, kwargs)``."""
         if isinstance(self.structure, int):
             return lambda leaves: (leaves, {})
-        everything, spec = flatten_containers((args, kwargs))
+        return _divided((args, kwargs))[2]
 
-        def put(leaves: Leaves) -> Tree:
-            new = iter(leaves)
-            return unflatten(spec, [next(new) if isinstance(x, Tensor) else x for x in everything])
 
-        return put
+def _divided(tree: Tree) -> tuple[Leaves, list[Any], Callable[[Leaves], Tree]]:
+    """The tensors of a tree, all else in it, and what puts other tensors in their places."""
+    everything, spec = flatten_containers(tree)
+    tensors = tuple([x for x in everything if isinstance(x, Tensor)])
+    # the first tensors themselves would keep their memory
+    rest = [_PLACE if isinstance(x, Tensor) else x for x in everything]
+
+    def put(leaves: Leaves) -> Tree:
+        new = iter(leaves)
+        return unflatten(spec, [next(new) if x is _PLACE else x for x in rest])
+
+    return tensors, [x for x in rest if x is not _PLACE], put
 
 
 def copied(tensors: Leaves) -> Leaves:
@@ -121,23 +129,16 @@ class ResultTree:
         """
         if type(answer) is Tensor:
             return (answer,), cls(lambda leaves: leaves[0])
-        everything, spec = flatten_containers(answer)
-        tensors = tuple([x for x in everything if isinstance(x, Tensor)])
-        for x in everything:
-            if not isinstance(x, Tensor) and not is_value(x):
+        tensors, rest, put = _divided(answer)
+        for x in rest:
+            if not is_value(x):
                 raise Nameless(
                     f"what is compiled must return tensors and plain values, got {type(x).__name__}"
                     ". Compile a function that returns what you ask of it: "
                     "`lambda x, y, v: ggn(model, loss)(x, y) @ v`."
                 )
-
-        def put(leaves: Leaves) -> Tree:
-            new = iter(leaves)
-            return unflatten(spec, [next(new) if x is _PLACE else x for x in rest])
-
-        rest = [_PLACE if isinstance(x, Tensor) else x for x in everything]
         return tensors, cls(put)
 
 
 _PLACE = object()
-"""Marks where a tensor is; to keep the first answer's would keep its memory."""
+"""Marks where a tensor is."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from jacfunc._losses.formulas import OfClasses, OfNumbers, Second, SecondDerivative, Settings
+from jacfunc._losses.formulas import OfClasses, OfNumbers, SecondDerivative, Settings
 from jacfunc._types import Leaves
 
 MaybeKnown: TypeAlias = SecondDerivative | None
@@ -165,47 +165,43 @@ def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> M
     return OfClasses(outputs, targets, settings) if is_batch else None
 
 
-def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
-    def second(outputs: Tensor, _: Tensor) -> Tensor:
-        return outputs.new_full((), 2.0)
-
-    return _of_numbers(second, outputs, targets, settings)
+def _squares(settings: Settings, outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.new_full((), 2.0)
 
 
-def _of_logits(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+def _logits(settings: Settings, outputs: Tensor, targets: Tensor) -> Tensor:
+    """``p (1 - p)``, exact where p is almost one, and what the two kinds of targets weigh."""
     weight, positive = settings["weight"], settings["pos_weight"]
-
-    def second(outputs: Tensor, targets: Tensor) -> Tensor:
-        """``p (1 - p)``, exact where p is almost one, and what the two kinds of targets weigh."""
-        curvature = outputs.sigmoid().mul_((-outputs).sigmoid_())
-        if positive is not None:
-            curvature *= 1 + (positive - 1) * targets
-        return curvature if weight is None else curvature * weight
-
-    return _of_numbers(second, outputs, targets, settings)
+    curvature = outputs.sigmoid().mul_((-outputs).sigmoid_())
+    if positive is not None:
+        curvature *= 1 + (positive - 1) * targets
+    return curvature if weight is None else curvature * weight
 
 
-def _of_rates(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
-    def second(outputs: Tensor, _: Tensor) -> Tensor:
-        """The rates, whose logarithms the outputs are."""
-        return outputs.exp()
-
-    return _of_numbers(second, outputs, targets, settings)
+def _rates(settings: Settings, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The rates, whose logarithms the outputs are."""
+    return outputs.exp()
 
 
-def _of_numbers(second: Second, outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
-    """The formula for a mean or sum over single outputs."""
+def _of_numbers(
+    second: Callable[[Settings, Tensor, Tensor], Tensor],
+    outputs: Tensor,
+    targets: Tensor,
+    settings: Settings,
+) -> MaybeKnown:
+    """The formula for a mean or sum over single outputs, with these second derivatives."""
+    if outputs.shape != targets.shape:
+        return None
     terms = outputs.numel() if settings["reduction"] == "mean" else 1
     is_weighted = settings["weight"] is not None or settings["pos_weight"] is not None
-    is_alike = outputs.shape == targets.shape
-    return OfNumbers(outputs, targets, second, terms, is_weighted) if is_alike else None
+    return OfNumbers(outputs, targets, partial(second, settings), terms, is_weighted)
 
 
 FORMULAS: Mapping[int, Formulas] = {
     id(F.cross_entropy): _of_cross_entropy,
-    id(F.mse_loss): _of_squares,
-    id(F.binary_cross_entropy_with_logits): _of_logits,
-    id(F.poisson_nll_loss): _of_rates,
+    id(F.mse_loss): partial(_of_numbers, _squares),
+    id(F.binary_cross_entropy_with_logits): partial(_of_numbers, _logits),
+    id(F.poisson_nll_loss): partial(_of_numbers, _rates),
 }
 """What makes the formula of a loss, by the identity of torch's function."""
 

@@ -24,13 +24,13 @@ from jacfunc._surroundings.outside import check_inside, check_names
 from jacfunc._surroundings.things import (
     HOOKS_OF_ALL,
     asked,
+    in_slots,
     is_array,
     is_data,
     is_harmless,
     is_of_class,
     is_value,
     parts_of,
-    slots_of,
     texts_of,
     value_of,
 )
@@ -239,7 +239,7 @@ class Surroundings:
 
     def _look_into_object(self, thing: Any, path: str) -> None:
         self._later(type(thing), type(thing).__name__)
-        attributes = slots_of(thing)
+        attributes = in_slots(thing)
         if attributes:
             self._watched.slotted.append(thing)
         if hasattr(thing, "__dict__"):

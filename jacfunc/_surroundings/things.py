@@ -23,6 +23,7 @@ import torch
 
 from jacfunc._calls import home_of, is_installed, is_ours
 from jacfunc._torch import Graphs
+from jacfunc._trees import slots_of
 
 PLAIN = frozenset(
     {type(None), bool, int, str, bytes, range, type(...), type(NotImplemented)}
@@ -143,7 +144,7 @@ def is_harmless(thing: Any) -> bool:
 
 def texts_of(thing: Any) -> list[str] | None:
     """What an object is beside its attributes: a number, a text; None if that is hidden."""
-    if not (hasattr(thing, "__dict__") or slots_of(thing)):
+    if not (hasattr(thing, "__dict__") or in_slots(thing)):
         return None
     if isinstance(thing, BaseException):
         return [repr(thing.args)]
@@ -194,17 +195,6 @@ def _is_of_numpy(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "numpy"
 
 
-def slot_names(kind: type) -> list[str]:
-    """Under which names objects of a class have slots; those of private ones are not as written."""
-    bases = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
-    slots = [name for own in bases for name in own if isinstance(own[name], _Slot)]
-    return [*dict.fromkeys(slots)]
-
-
-_Slot = types.MemberDescriptorType
-
-
-def slots_of(thing: Any) -> dict[str, Any]:
+def in_slots(thing: Any) -> dict[str, Any]:
     """What an object has in its slots."""
-    names = slot_names(type(thing))
-    return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
+    return {name: getattr(thing, name) for name in slots_of(thing) if hasattr(thing, name)}

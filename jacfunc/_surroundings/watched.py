@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacfunc._surroundings.things import slot_names, value_of
+from jacfunc._surroundings.things import value_of
 from jacfunc._torch import Graphs
+from jacfunc._trees import slots_of
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 """Attributes of every module: mostly empty, and a call that looks at each takes twice as long."""
@@ -105,7 +106,7 @@ class Watched:
             yield vars(kind).values
             yield lambda kind=kind: (kind.__bases__,)  # type: ignore[misc]
         for thing in self.slotted:
-            yield partial(map, getattr, repeat(thing), slot_names(type(thing)), repeat(None))
+            yield partial(map, getattr, repeat(thing), slots_of(thing), repeat(None))
 
 
 def _attributes_of(thing: Any) -> Callable[[dict[str, Any]], Any]:

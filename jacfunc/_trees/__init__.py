@@ -8,7 +8,7 @@ from jacfunc._trees.in_dims import (
     positional,
     sample_dims,
 )
-from jacfunc._trees.objects import attributes_of, codes_in, referred
+from jacfunc._trees.objects import attributes_of, codes_in, referred, slots_of
 from jacfunc._trees.split import (
     Given,
     Split,

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -73,20 +81,16 @@ def _kind(thing: Any) -> Any:
     return type(thing)
 
 
+def slots_of(thing: object) -> dict[str, Any]:
+    """By name, the descriptors of an object's attributes that do not lie in its ``__dict__``."""
+    return _slots(_kind(thing))
+
+
 @cache
-def _slots(kind: Any) -> list[Any]:
-    """Descriptors of the attributes that do not lie in the ``__dict__``."""
-    slots: dict[str, Any] = {}
-    for each in kind.__mro__:
-        names = each.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            mangled = f"_{each.__name__.lstrip('_')}{name}" if _is_private(name) else name
-            slots.setdefault(mangled, each.__dict__.get(mangled))
-    return [slot for name, slot in slots.items() if name not in ("__dict__", "__weakref__")]
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")
+def _slots(kind: Any) -> dict[str, Any]:
+    tables = [vars(each) for each in reversed(kind.__mro__) if "__slots__" in vars(each)]
+    named = [pair for table in tables for pair in table.items()]
+    return {name: x for name, x in named if isinstance(x, MemberDescriptorType)}
 
 
 def parts(thing: Any) -> tuple[list[Any], list[Any]]:
@@ -101,9 +105,9 @@ def parts(thing: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _attributes(thing: Any) -> Iterator[tuple[Attribute, Any]]:
-    for slot in _slots(_kind(thing)):
+    for name, slot in slots_of(thing).items():
         try:
-            yield Attribute(slot.__name__), slot.__get__(thing)
+            yield Attribute(name), slot.__get__(thing)
         except AttributeError:
             continue  # it is not set
     own = getattr(thing, "__dict__", {})
