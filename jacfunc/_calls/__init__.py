@@ -9,10 +9,9 @@ from jacfunc._calls.code import (
     reads_by_text,
     reads_unnamed,
 )
-from jacfunc._calls.derivation import Derivation
+from jacfunc._calls.derivation import Derivation, ModuleOrigin, OfCalls
 from jacfunc._calls.fingerprint import fingerprint
 from jacfunc._calls.flat_call import FlatCall
 from jacfunc._calls.followed import CUT_OFF, warn_if_followed
 from jacfunc._calls.one_tensor import BARE, OneTensor
-from jacfunc._calls.origin import ModuleOrigin, OfCalls
 from jacfunc._calls.reach import modules_of, reaches_module

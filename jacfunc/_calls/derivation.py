@@ -1,13 +1,15 @@
-"""What is differentiated: a function, by some of its arguments."""
+"""What is differentiated: a function by some of its arguments, which may call a module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from jacfunc._arguments import check_flags, check_func
-from jacfunc._types import Argnums
+from jacfunc._types import Argnums, LeafFunction, Leaves
 
 
 @dataclass(eq=False)
@@ -32,3 +34,27 @@ class Derivation:
     def __post_init__(self) -> None:
         check_func(self.api, self.func)
         check_flags(self.api, has_aux=self.has_aux)
+
+
+@dataclass(eq=False)
+class ModuleOrigin:
+    """The module whose call is differentiated.
+
+    Args:
+        state: its :class:`jacfunc._lending.ModuleState`.
+        kind: equal for calls of the module that cost the same; asked for when it is needed.
+    """
+
+    state: Any
+    kind: Callable[[], Hashable]
+
+
+@dataclass(frozen=True)
+class OfCalls:
+    """A leaf function that calls a module, with the ``state`` of that module."""
+
+    func: LeafFunction
+    state: Any
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        return self.func(*primals)

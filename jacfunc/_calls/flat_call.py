@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
-from jacfunc._calls.derivation import Derivation
-from jacfunc._calls.origin import ModuleOrigin
+from jacfunc._calls.derivation import Derivation, ModuleOrigin
 from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
