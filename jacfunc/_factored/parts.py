@@ -68,9 +68,8 @@ class Part:
             return None
         block = torch.empty((1, 1, *shape), dtype=torch.bool)  # only its strides are read
         outs, ins = form.cotangents.shape[-1], form.width
-        order = (form.groups, ins, outs) if form.is_transposed else (form.groups, outs, ins)
         try:
-            place = self.place_in(block)[0, 0].view(order)
+            place = self.place_in(block)[0, 0].view(form.order)
         except RuntimeError:  # no view has this order
             return None
         between, of_outs, of_ins = (place.mT if form.is_transposed else place).stride()

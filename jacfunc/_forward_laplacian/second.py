@@ -18,6 +18,7 @@ from jacfunc._errors import Refused
 from jacfunc._forward_laplacian.jet import NoRule, Run
 from jacfunc._forward_laplacian.propagation import Propagation
 from jacfunc._forward_laplacian.table import RULES
+from jacfunc._linear_map import detached
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
@@ -82,7 +83,7 @@ def propagate(
     firsts = tuple([out.first for out in results]) if has_first else ()
     seconds = tuple([_second(ctx, out) for out in results])
     if not keeps_graph:
-        values, firsts, seconds = map(_detached, (values, firsts, seconds))
+        values, firsts, seconds = map(detached, (values, firsts, seconds))
     return Derivatives(values, extras, firsts, seconds)
 
 
@@ -92,10 +93,6 @@ def _second(ctx: Propagation, out: Any) -> Tensor:
         return torch.zeros_like(out.value if ctx.is_summed else out.first)
     second: Tensor = out.second
     return second
-
-
-def _detached(leaves: Leaves) -> Leaves:
-    return tuple([leaf.detach() for leaf in leaves])
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,8 +74,7 @@ def _add_variances(total: Tensor, parts: Sequence[Part], param: Tensor, diagonal
     if isinstance(form, Outer) and form.cotangents.shape[2:4] == (1, 1):
         inputs = form.inputs.to(total.dtype).flatten(1)
         seeds = form.cotangents.to(total.dtype).transpose(0, 1).flatten(2)  # [B, K, O]
-        order = (inputs.shape[1], -1) if form.is_transposed else (-1, inputs.shape[1])
-        spread = diagonal.to(total.dtype).reshape(order)
+        spread = diagonal.to(total.dtype).reshape(form.order[1:])
         spread = spread.T if form.is_transposed else spread
         weights = inputs.square() @ spread.T
         total.baddbmm_(seeds * weights.unsqueeze(1), seeds.mT)

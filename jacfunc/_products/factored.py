@@ -105,8 +105,7 @@ def _pushed(part: Part, tangent: Tensor, seeds: Tensor) -> Tensor:
     if isinstance(form, Rows):
         return tangent.reshape(1, 1, 1, -1)
     assert isinstance(form, Outer)
-    order = _order(form)
-    matrices = tangent.reshape(order[form.groups == 1 :])
+    matrices = tangent.reshape(form.order[form.groups == 1 :])
     product = _by_groups(form.inputs) @ (matrices if form.is_transposed else matrices.mT)
     size, groups, positions, _ = form.inputs.shape
     if groups == 1:
@@ -134,13 +133,6 @@ def _by_groups(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return x.reshape(-1, x.shape[-1])
     return x.transpose(0, 1).flatten(1, 2)
-
-
-def _order(form: Outer) -> tuple[int, int, int]:
-    outs = form.cotangents.shape[-1]
-    if form.is_transposed:
-        return form.groups, form.width, outs
-    return form.groups, outs, form.width
 
 
 def _summed(products: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:

@@ -69,6 +69,13 @@ class Outer:
         """The number I of inputs at a position."""
         return self.inputs.shape[-1]
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """The parameter's entries as ``[groups, O, I]``, or as ``[groups, I, O]``."""
+        outs = self.cotangents.shape[-1]
+        sides = (self.width, outs) if self.is_transposed else (outs, self.width)
+        return self.groups, *sides
+
     def rows(self) -> Tensor:
         matrices = self.matrices()
         if self.is_transposed:
@@ -88,9 +95,8 @@ class Outer:
 
     def write(self, block: Tensor) -> None:
         left, right = self.cotangents, self.inputs
-        (groups, positions, outs), ins = left.shape[2:], right.shape[-1]
-        order = (groups, ins, outs) if self.is_transposed else (groups, outs, ins)
-        place = as_matrices(block, order)
+        groups, positions = left.shape[2:4]
+        place = as_matrices(block, self.order)
         is_same = block.dtype == torch.promote_types(left.dtype, right.dtype)
         if place is None or not is_same or groups > 1 < positions:
             block.copy_(self.rows())
@@ -235,16 +241,10 @@ def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
 
 def summed(products: Tensor, shape: Sequence[int]) -> Tensor:
     """``[K, B, *shape]``: products ``[K, B, *z]``, summed where shape was broadcast to z."""
-    sizes, shape = products.shape[2:], tuple(shape)
+    lead, sizes, shape = products.shape[:2], products.shape[2:], tuple(shape)
     if sizes == shape:
         return products
-    if sizes[1:] == shape and sizes[0] == 1:  # the shape was broadcast by one dimension of size one
+    if sizes[1:] == shape and sizes[0] == 1:  # faster than a sum of nothing
         return products.squeeze(2)
-    lead = products.dim() - len(shape)
-    spread = [
-        n
-        for n, size in enumerate(products.shape)
-        if n > 1 != size and (n < lead or shape[n - lead] == 1)
-    ]
-    products = products.sum(spread, keepdim=True) if spread else products
-    return products.reshape(*products.shape[:2], *shape)
+    ones = (1,) * (len(sizes) - len(shape))
+    return products.sum_to_size(*lead, *ones, *shape).reshape(*lead, *shape)
