@@ -158,7 +158,7 @@ class Costs:
 
     @property
     def most_loops(self) -> int:
-        """Up to so many seeds a loop may be faster: one, or as many as torch pulls back badly."""
+        """Of more seeds a loop is never faster: one, or more where torch pulls few back slowly."""
         return MANY_COLUMNS if any(op.by_vector for op in self.operations) else 1
 
     def seconds(self, strategy: Sweeping) -> float:

@@ -21,8 +21,9 @@ from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
 
 REPEATS, FEWEST, ENOUGH = 9, 3, 0.05
-"""Calls of which the fastest counts, and seconds after which no further one is made but the fewest:
-on a busy machine one call in a few takes several times as long.
+"""The most calls of a measurement, the fewest, and seconds after which it makes no more than these.
+
+The fastest call counts: on a busy machine some take several times as long.
 """
 
 SHORT, LONG = 2, 12
@@ -34,12 +35,13 @@ OPERATIONS, LENGTH = 2, 4
 SMALLEST, SPACIOUS, LARGEST, FRESH = 4**8, 2**21, LARGE // 2 - 2**16, LARGE
 """Bytes of results: in a cache, in memory, the most that a heap uses again, in new pages.
 
-What is larger than the second is taken to need new pages, as results do; but not what convolutions
-make beside. The heap keeps four blocks just smaller than half of LARGE; most sweeps have no more.
+Results larger than SPACIOUS are taken to need new pages. What a convolution makes on its way needs
+them from LARGEST on: the heap keeps four blocks just smaller than half of LARGE, and most sweeps
+have no more.
 """
 
 TOUCHED = 2**21
-"""Bytes that are written of a block of new pages: what is measured must not take much memory."""
+"""Bytes that are written of a block of new pages: a measurement must not take much memory."""
 
 MATRIX_BYTES, PAGE, PAGE_APART = 2**22, 2**12, 1.7
 """Bytes of a matrix that is read for one vector: more than the caches next to the processor. Rows
@@ -187,12 +189,10 @@ class Machine:
         return self._seconds(product) / (2 * side**2 * seeds)
 
     def _measure_conv_flop(self, seeds: int, forward: bool) -> float:
-        """Seconds of a multiplication in a convolution of as many channels as it likes."""
+        """Seconds of a multiplication in a convolution whose channels fill the vector units."""
         channels = max(self.block, FEW_CHANNELS)
-        images, kernel = (
-            self._ones(seeds, channels, SIDE, SIDE),
-            self._ones(channels, channels, 3, 3),
-        )
+        images = self._ones(seeds, channels, SIDE, SIDE)
+        kernel = self._ones(channels, channels, 3, 3)
         how: Any = None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1
 
         def convolve() -> Any:
@@ -220,7 +220,7 @@ class Machine:
         return Cost(max(short - OPERATIONS * SHORT * operation, 0.0), operation)
 
     def _seconds(self, run: Callable[[], Any]) -> float:
-        """Seconds of the fastest of a few calls, as others are only disturbed."""
+        """Seconds of the fastest of a few calls: slower ones were disturbed by other programs."""
         with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             run()
             times: list[float] = []

@@ -18,11 +18,11 @@ from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
 """None: compare batches now and then. True: samples are known to be independent. ``"always"``:
-compare at every call."""
+compare batches at every call."""
 
 MANY_ROWS, MANY_ENTRIES = 128, 2**24
 """With so many outputs of a sample, and so many entries of all samples' Jacobians, a comparison
-takes a few hundredths of the time of these."""
+takes a few hundredths of the time of the Jacobians."""
 
 FEW_CALLS = 8
 """How many samples are evaluated at once where memory is to be spared."""
@@ -46,7 +46,7 @@ class KnownCalls:
 
     @property
     def is_next_due(self) -> bool:
-        """Is the next call one of these?"""
+        """Will the next call be the first, the second, the fourth, the eighth, …?"""
         return self.count & (self.count + 1) == 0
 
 
@@ -111,14 +111,15 @@ class Independence:
         operations: tuple[int, bool],
         subject_of: Callable[[], Subject],
     ) -> bool:
-        """Refuse such a module once a batch was evaluated, which may have shown that it is time.
+        """Refuse a module whose samples depend on each other, where an evaluation asks to compare.
 
-        It is where other operations were called than before, or where their numbers may make
-        samples depend on each other.
+        It does if it called other operations than those before, or some that may mix samples.
 
         Args:
-            operations: the signature of the evaluation, and whether its operations may do so:
-                this is returned, unless the user has said that samples do not.
+            operations: the signature of the evaluation, and whether its operations may mix samples.
+
+        Returns:
+            May they mix samples? False in a trace, and where the user says that they do not.
         """
         if self.independent is True:
             return False
@@ -138,7 +139,7 @@ class Independence:
         return may_mix
 
     def compare(self, api: str, subject_of: Callable[[], Subject], number: int = 0) -> None:
-        """Refuse such a module now, by many halves of a batch."""
+        """Refuse a module whose samples depend on each other: many halves are compared now."""
         thorough = replace(self, is_thorough=True)
         self._refuse(api, thorough._comparison(api, subject_of)(number).what)
 

@@ -37,42 +37,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 W, B, C = drawn(4, 6), drawn(4), drawn(6)
-SHAPES = (
-    (2,),
-    (
-        2,
-        2,
-        3,
-    ),
-    (
-        2,
-        3,
-        2,
-    ),
-    (
-        2,
-        3,
-        3,
-    ),
-    (
-        2,
-        6,
-    ),
-    (3,),
-    (
-        3,
-        2,
-    ),
-    (
-        3,
-        2,
-        2,
-    ),
-    (
-        3,
-        3,
-    ),
-)
+SHAPES = ((2,), (2, 2, 3), (2, 3, 2), (2, 3, 3), (2, 6), (3,), (3, 2), (3, 2, 2), (3, 3))
 DRAWN = {shape if len(shape) > 1 else shape[0]: drawn(*shape) for shape in SHAPES}
 ELEMENTWISE: dict[str, Func] = {
     **{
