@@ -65,10 +65,10 @@ class ModuleCall:
     chosen: ChosenOutputs | None = None
 
     def with_samples(self, batching: Batching | None, keeps_all: bool = False) -> ModuleCall:
-        """The call of which it is known where outputs hold the samples, and which are asked for.
+        """The call that knows where outputs hold the samples, and which outputs are asked for.
 
-        The samples come in front of the outputs, wherever the module has them, which is seen at the
-        first call of a kind, of one sample. If it ``keeps_all`` outputs, they come beside.
+        It returns samples in front. Where the module has them is seen at the first call of a kind,
+        by calling it with one sample. With ``keeps_all`` it returns all outputs beside those asked.
         """
         call, leaves = self, self._split.leaves
         if batching is not None and is_outermost():
@@ -148,7 +148,7 @@ class ModuleCall:
 
     @contextmanager
     def undisturbed(self, is_settled: bool = False) -> Iterator[None]:
-        """Around all sweeps of a call, which is checked if not settled: nothing else is changed."""
+        """Around all sweeps, which change nothing outside; it checks a call that is not settled."""
         state, params = self.state, self._variables()
         tensors = (*state.point.values(), *state.params.values(), *state.buffers.values())
         check_call(self.api, self.create_graph)
@@ -183,7 +183,7 @@ class ModuleCall:
         return replace(self._split, leaves=leaves), self._split.merge(leaves)
 
     def flat_call(self, leaves: Leaves | None = None) -> FlatCall:
-        """The call as a function of leaves, at its arguments or with other tensors among these.
+        """The call as a function of leaves, at its arguments, or with other tensors in their place.
 
         It returns what is asked for of the outputs, by tensors that come after the arguments'.
         """
