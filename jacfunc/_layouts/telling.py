@@ -61,7 +61,7 @@ BARE = LEAVING | {_DATA.__get__, _DATA.__set__, Tensor.set_}
 
 TELLING = MOVING | READING | BARE | CHOOSING
 
-VALUES = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
+VALUES = frozenset({bool, int, float, str, torch.dtype, torch.device, type(None), type(...)})
 """Kinds of plain values, which are noted as they are."""
 
 APART: dict[Any, str] = {-2: "minus two"}
@@ -150,6 +150,8 @@ class ConstantIntegers:
 def note_values(value: Any, operations: list[Any]) -> None:
     """Note the plain values that an argument holds, at any depth, and in which containers."""
     kind = type(value)
+    if kind is Tensor:  # the usual case
+        return
     if kind in VALUES:
         operations.append(APART.get(value, value))
     elif isinstance(value, tuple | list):
@@ -177,7 +179,7 @@ def are_among(values: Iterable[Any], tracked: Container[int], without: Container
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, and in lists and tuples of them."""
     for value in values:
-        if isinstance(value, Tensor):
+        if type(value) is Tensor or isinstance(value, Tensor):
             yield value
         elif type(value) in (tuple, list):
             yield from tensors_in(value)

@@ -11,9 +11,10 @@ from functools import partial
 from random import Random
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacfunc._torch import recording
 from jacfunc._trees import attributes_of, flatten, flatten_containers, referred, unflatten
@@ -23,6 +24,10 @@ FEW_ENTRIES = 1000
 """A container with more entries is taken for a table of words, which holds no tensors; an attribute
 that leads to more objects is taken for a program, and left alone."""
 
+_AS_THEY_ARE = SIMPLE | {ref}
+"""Values that nobody can write into. Recurrent layers keep weak references to their weights."""
+
+_TENSORS = frozenset({Tensor, nn.Parameter})
 _KEEPS = (Tensor, torch.Generator, list, tuple, dict, deque, set, bytearray, Random)
 _SHALLOW = (list, tuple, dict, deque, set, frozenset)
 _WITHOUT_OBJECTS = (
@@ -135,7 +140,11 @@ def copy_with(value: Any, new: dict[int, Any]) -> Any:
     What ``new`` lacks is copied, and added to it. Objects stay the same: whoever lends the module
     copies their attributes, too.
     """
-    # most are empty, or have plain values: for these a tree costs ten times as much as the copy
+    # most are short, and have plain values: for these a tree costs ten times as much as the copy
+    if type(value) is list:
+        return [x if type(x) in _AS_THEY_ARE else copy_with(x, new) for x in value]
+    if type(value) in _TENSORS:
+        return _leaf_with(value, new)
     if type(value) is set:
         return new.setdefault(id(value), value.copy())
     if type(value) is dict and SIMPLE.issuperset(map(type, value.values())):

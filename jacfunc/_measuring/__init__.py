@@ -1,4 +1,4 @@
-"""Calls on the clock, in interleaved rounds; the benchmarks use it, too."""
+"""Calls on the clock, in interleaved rounds, or one in turn; the benchmarks use it, too."""
 
 from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of, shuffled
 from jacfunc._measuring.results import (
@@ -11,3 +11,4 @@ from jacfunc._measuring.results import (
     spread_of,
 )
 from jacfunc._measuring.rounds import Check, Contestant, Effort, Entry, measure
+from jacfunc._measuring.turns import InTurn

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from jacfunc._assembly import Sink
-from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
@@ -23,6 +22,9 @@ from jacfunc._planning import (
     Plan,
     SampledWays,
     by_memory,
+    by_second,
+    has_near_second,
+    pulls_all_rows,
     recall,
     remember,
 )
@@ -59,12 +61,16 @@ class SampledJacobian:
 
     Args:
         sink: where the blocks go.
+        by_second: is it to be taken by the second choice of its plan? Afterwards: was it?
     """
 
     batch: SampledCall
     sink: Sink = field(default_factory=Sink)
+    by_second: bool = False
     settles: Settles | None = field(default=None, init=False)
     """What the last call has settled, if it was swept at once, by a plan that stays."""
+    has_second: bool = field(default=False, init=False)
+    """Has the plan a second choice that may be as fast, once calls by both are settled?"""
 
     def by(self, strategy: Strategy) -> Evaluation:
         """The Jacobian by a strategy; each leaf has the batch in front.
@@ -141,7 +147,7 @@ class SampledJacobian:
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
         leaves = self.sink.samples(chunks, size, one.grid)
-        is_at_once = size == 1 and pulls_all_rows(strategy, one.call)
+        is_at_once = size == 1 and pulls_all_rows(strategy, one.call.call_kind)
         self.settles = partial(settled_by, by_layers=False) if is_at_once else None
         return SampleBlocks(leaves, size, one)
 
@@ -162,13 +168,17 @@ class SampledJacobian:
         def run(plan: Plan, chunk: Chunk) -> SampleBlocks:
             random_state.repeat()  # what was tried before has drawn
             result = self._refusable(plan.strategy, chunk)
-            if plan.timing.left or plan.timing.before is not None:
+            if plan.timing.left:
                 self.settles = None
+            self.has_second = has_near_second(plan)
             note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
             return result
 
         # one strategy may plan for several doors, which want different things of one module
         kind = batch.kind.among(batch.samples.randomness, self.sink.copies, levels())
+        if self.by_second and (result := by_second(strategy, kind, run)) is not None:
+            return result
+        self.by_second = False
         recalled = recall(strategy, kind)
         if recalled is not None and recalled[1] == UNMAPPED:
             note("samples go one by one, as none of the plans ran before")
@@ -232,16 +242,6 @@ class SampledJacobian:
         if isinstance(strategy, Structured):
             return True
         return isinstance(strategy, Reverse) and self.batch.differentiates_inputs_alone
-
-
-def pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
-    """Are all rows of a call pulled back at once, by this strategy or by its plan, which stays?"""
-    if isinstance(strategy, Auto):
-        planned = recall(strategy, call.call_kind)
-        if planned is None or planned[0].timing.left or planned[0].timing.before is not None:
-            return False
-        strategy = planned[0].strategy
-    return isinstance(strategy, Reverse) and strategy.chunk_size is None
 
 
 def _is_share(chunk: Chunk) -> bool:

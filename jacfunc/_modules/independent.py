@@ -15,13 +15,13 @@ from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._errors import is_out_of_memory
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._modules.batch import SampledJacobian, pulls_all_rows
+from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._modules.settled import SettledCalls
-from jacfunc._planning import Auto
+from jacfunc._planning import Auto, pulls_all_rows
 from jacfunc._remembered import Remembered
 from jacfunc._settled import settled_by
 from jacfunc._torch import is_outermost
@@ -116,7 +116,7 @@ def _jacobian_of(
     batch = call.batch(batching)
     with call.undisturbed():
         call.check_independent(batch)
-        sampled = SampledJacobian(batch, sink)
+        sampled = SampledJacobian(batch, sink, settled is not None and settled.by_second(call))
         result = sampled.by(strategy)
     if settled is not None:
         settled.learn(call, sampled, result)
@@ -132,7 +132,7 @@ def _settle_one(
         return
     if any(x.shape[:1] != (1,) for x in (*given.tensors, *outputs)):
         return
-    if not isinstance(result.call, FlatCall) or not pulls_all_rows(strategy, result.call):
+    if not isinstance(result.call, FlatCall) or not pulls_all_rows(strategy, result.call.call_kind):
         return
     with suppress(ValueError):  # of modules that have no samples in front
         sampled = SampledJacobian(call.batch(Batching()))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Sequence
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, Self, TypeVar
 
 from torch.compiler import is_compiling
 
 from jacfunc._calls import BARE, FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian
-from jacfunc._lending import ModuleState
+from jacfunc._lending import ModuleState, Version
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
@@ -18,7 +18,7 @@ from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto, Autotune
-from jacfunc._remembered import MOST_KINDS, Remembered
+from jacfunc._remembered import MOST_KINDS
 from jacfunc._samples import SampledCall
 from jacfunc._settled import (
     Beside,
@@ -26,12 +26,15 @@ from jacfunc._settled import (
     SettledBatch,
     Work,
     blocks_of,
+    by_door,
+    by_layers,
+    by_second,
     kept,
     matrix_of,
     settled_by,
 )
 from jacfunc._torch import RandomState, is_undisturbed
-from jacfunc._traces import MOST_MISSES
+from jacfunc._traces import MOST_BYTES, MOST_MISSES
 from jacfunc._trees import Arguments, Given, Split
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Leaves, Tree
@@ -52,7 +55,7 @@ class SettledCalls:
         self, independence: Independence, flat: bool, of_whole: bool, door: Hashable
     ) -> None:
         self._independence, self._flat, self._of_whole = independence, flat, of_whole
-        self._door = _alike((door, flat, of_whole))
+        self._door, self._work = _alike((door, flat, of_whole)), matrix_of if flat else blocks_of
 
     @classmethod
     def of(
@@ -82,12 +85,16 @@ class SettledCalls:
         given = Given.of(arguments) if is_undisturbed() else None
         if given is None:
             return None
-        settled = _by_door().get(state.version, (given.kind, self._door))
+        settled = by_door().get(state.version, (given.kind, self._door))
         if settled is None:
             return None
-        work = matrix_of if self._flat else blocks_of
-        again = partial(settled.result, state, given, work=work)
-        made = _counted(self._independence, state, settled, again)
+        turns = settled.turns
+        settled = settled if turns is None else turns.way
+        if settled.has_second and settled.is_known(self._work):
+            return None  # it is tried now
+        again = partial(settled.result, state, given, work=self._work)
+        make = partial(_counted, self._independence, state, settled, again)
+        made = make() if turns is None or turns.is_over else turns.timed(make, *given.tensors)
         if made is None:
             return None
         if self._flat:
@@ -99,17 +106,28 @@ class SettledCalls:
             jacobian = (jacobian, of_inputs) if names else of_inputs
         return jacobian if settled.returned is BARE else settled.returned.output_tree((jacobian,))
 
+    def by_second(self, call: ModuleCall) -> bool:
+        """Is a call that is not settled to be taken by the second choice of its plan?"""
+        of = self._kind_of(call)
+        return of is not None and by_second(by_door(), *of, self._work)
+
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
-        given, settles = Given.of(call.arguments) if is_undisturbed() else None, sampled.settles
-        if given is None or call.output_dims != IN_FRONT or settles is None:
+        of, settles = self._kind_of(call), sampled.settles
+        if of is None or call.output_dims != IN_FRONT or settles is None:
             return
         output, _ = result.value_and_aux()
         settled_now = partial(settles, sampled.batch, call.state, result.call, output)
-        of = call.state.version, (given.kind, self._door)
-        if settled := kept(_by_door(), *of, settled_now):
+        is_large = sum(x.nbytes for row in result.blocks for x in row) > MOST_BYTES
+        seconds = sampled.has_second and not is_large, sampled.by_second
+        if settled := kept(by_door(), *of, settled_now, *seconds):
             inputs = Split.of(call.choice.split(call.arguments))
             settled.tree = None if inputs.is_bare else inputs.without_leaves()
+
+    def _kind_of(self, call: ModuleCall) -> tuple[Version, Hashable] | None:
+        """What is remembered of a call, by the version of its module; None if nothing is."""
+        given = Given.of(call.arguments) if is_undisturbed() else None
+        return None if given is None else (call.state.version, (given.kind, self._door))
 
 
 def made_at_once(
@@ -129,7 +147,7 @@ def made_at_once(
         return None
     with alone():
         state = options.current.found()
-        if (settled := _by_layers().get(state.version, given.kind)) is None:
+        if (settled := by_layers().get(state.version, given.kind)) is None:
             return None
         again = partial(settled.result, state, given, work=work, beside=beside, api=options.api)
         made = _counted(options.independence, state, settled, again)
@@ -149,7 +167,7 @@ def settled_at(
         return None, None, KnownProducts(are_counted=False)
     of = call.state.version, given.kind
     is_told = call.independence.independent != "always"
-    return given, _by_layers().get(*of), KnownProducts.of(*of) if is_told else KnownProducts(False)
+    return given, by_layers().get(*of), KnownProducts.of(*of) if is_told else KnownProducts(False)
 
 
 def again(
@@ -184,7 +202,7 @@ def evaluated_anew(
     if given is not None and is_whole and is_undisturbed():
         output, _ = made.value(factors.outputs, factors.extras)
         settled_now = partial(settled_by, batch, call.state, made, output)
-        kept(_by_layers(), call.state.version, given.kind, settled_now)
+        kept(by_layers(), call.state.version, given.kind, settled_now)
     random_state.repeat()
     return factors, made.without_graph()
 
@@ -230,15 +248,3 @@ def _counted(
 def _alike(door: Hashable) -> object:
     """One object for equal doors: a settled call need not take the hash of all their options."""
     return object()
-
-
-@cache
-def _by_layers() -> Remembered[SettledBatch]:
-    """What is settled of each version of a module, by the kind of what it is given."""
-    return Remembered()
-
-
-@cache
-def _by_door() -> Remembered[SettledBatch]:
-    """What doors have settled of each version of a module, by that kind, and by their options."""
-    return Remembered()

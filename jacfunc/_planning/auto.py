@@ -114,3 +114,9 @@ def by_plan(
         lambda: (strategy.plan(operator), None),
         lambda plan, _: blocks_by(plan, sink, operator),
     )
+
+
+def pulls_all_rows(strategy: Strategy, kind: CallKind) -> bool:
+    """Are rows of such calls pulled back all at once, by this strategy or by a plan that stays?"""
+    chosen = strategy.settled_for(kind) if isinstance(strategy, Auto) else strategy
+    return isinstance(chosen, Reverse) and chosen.chunk_size is None

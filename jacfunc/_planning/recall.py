@@ -93,6 +93,31 @@ def by_memory(
     return result
 
 
+def by_second(
+    strategy: Planner, kind: CallKind, run: Callable[[Plan, Chunk], ResultT]
+) -> ResultT | None:
+    """What ``run`` returns for the second of a plan that stays; None if it has none, or fails."""
+    plan, _ = recall(strategy, kind) or (None, None)
+    if plan is None or plan.second is None:
+        return None
+    try:
+        return run(replace(plan.second, timing=plan.timing), None)
+    except Exception as error:  # nobody has asked for it
+        note("%s, the second choice, is not tried: %s", plan.second.strategy, error)
+        return None
+
+
+def has_near_second(plan: Plan) -> bool:
+    """May the second choice be faster than a plan that stays, once calls by both are settled?
+
+    Layers may be: they are written down then, and samples under vmap are not.
+    """
+    second = plan.second
+    if second is None or plan.seconds is None or second.seconds is None or plan.timing.left:
+        return False
+    return isinstance(second.strategy, Structured) and second.seconds < FAR * plan.seconds
+
+
 def following_run(planned: Planned, seconds: float) -> Planned:
     """What the next call takes, after a run that took so many seconds."""
     plan, chunk = planned

@@ -16,6 +16,7 @@ from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import NestedWatch
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
+from jacfunc._measuring import InTurn
 from jacfunc._samples import SampledCall
 from jacfunc._settled.alone import are_alone
 from jacfunc._settled.reads import Reads
@@ -65,6 +66,9 @@ class SettledBatch:
         self.output, self.returned = (output.shape, output.dtype), returned
         self.works = dict[Work, KnownWork]()
         self.tree: Split | None = None  # of the inputs, if they are no lone tensor
+        self.has_second, self.is_second = False, False
+        """Is there a second choice, which is not tried yet? Is this one?"""
+        self.turns: InTurn[SettledBatch] | None = None  # this and the first choice, once both are
 
     def result(
         self,
@@ -100,9 +104,10 @@ class SettledBatch:
         known = self.works.get(work) or KnownWork(work)
         if not known.calls and len(self.works) < MOST_WORKS:
             self.works[work] = known
-        result = known.swept(self, state, given, compared, beside) if known.sweep else None
-        if result is not None:
-            return result
+        if known.sweep:
+            result = known.swept(self, state, given, compared, beside)
+            if result is not None or self.is_second:  # which must hold always
+                return result
         jacobian = self.evaluated(state, given, compared)
         if jacobian is None or not (beside is None or self.returned is BARE):  # as losses need it
             return None
@@ -114,6 +119,11 @@ class SettledBatch:
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, given, tensors, result)
         return result
+
+    def is_known(self, work: Work) -> bool:
+        """Were there so many calls that it is written down, if it can be?"""
+        known = self.works.get(work)
+        return known is not None and known.calls >= FEWEST_CALLS
 
     def _lent(
         self, state: ModuleState, given: Given, make: Callable[[], ResultT | None], api: str = ""

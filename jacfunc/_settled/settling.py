@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cache
 
 from jacfunc._calls import OneTensor
 from jacfunc._factored import LearnedUses
 from jacfunc._faults import is_unwatched
 from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState, Version
+from jacfunc._measuring import InTurn
 from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, PLAIN, SettledBatch
-from jacfunc._traces import MOST_MISSES
+from jacfunc._settled.sweeps import KnownWork, Work
+from jacfunc._traces import FEWEST_CALLS, MOST_MISSES
 from jacfunc._trees import flatten
 from jacfunc._types import Tree
+
+
+@cache
+def by_layers() -> Remembered[SettledBatch]:
+    """What is settled of each version of a module, by the kind of what it is given."""
+    return Remembered()
+
+
+@cache
+def by_door() -> Remembered[SettledBatch]:
+    """What doors have settled of each version of a module, by that kind, and by their options."""
+    return Remembered()
 
 
 def kept(
@@ -22,19 +37,56 @@ def kept(
     version: Version,
     kind: Hashable,
     settled_now: Callable[[], SettledBatch | None],
+    has_second: bool = False,
+    is_second: bool = False,
 ) -> SettledBatch | None:
     """What a call has settled, which is kept for later ones of its kind.
 
-    None where it has settled nothing, or where too many calls had to be taken anew.
+    None where it has settled nothing new, or where too many calls had to be taken anew.
+
+    Args:
+        has_second: is there another way, which may be as fast?
+        is_second: was the call taken by that? Then later ones take both ways in turn.
     """
     before = memory.get(version, kind)
-    if before is not None and before.misses >= MOST_MISSES:
+    if before is not None and (before.misses >= MOST_MISSES or before.turns is not None):
         return None
     if settled := settled_now():
-        if before is not None:
+        if before is None:
+            settled.has_second = has_second
+        elif is_second:
+            settled.is_second, settled.turns = True, InTurn((before, settled))
+            # so many calls were there of the kind that one more is written down
+            settled.works = {work: KnownWork(work, FEWEST_CALLS - 1) for work in before.works}
+        else:
+            settled.has_second = before.has_second
             settled.works = before.works  # what was written down holds, too
         memory.put(version, kind, settled)
     return settled
+
+
+def by_second(
+    memory: Remembered[SettledBatch], version: Version, kind: Hashable, work: Work
+) -> bool:
+    """Is a call that is taken anew to be taken by the second way?
+
+    That is tried once the first way is as fast as it can be. Of the two, calls go on with the
+    faster one, as long as that holds: where it does not, a call is evaluated once more, and a
+    function that draws its way would take rare ways more rarely. So one miss ends it.
+    """
+    settled = memory.get(version, kind)
+    if settled is None:
+        return False
+    if settled.turns is None:
+        is_due = settled.has_second and settled.is_known(work)
+        settled.has_second &= not is_due
+        return is_due
+    way = settled.turns.way
+    if way.misses:
+        settled.turns, settled.is_second = None, False
+        settled.works = {work: KnownWork(work) for work in settled.works}
+        return False
+    return way.is_second
 
 
 def settled_by(

@@ -20,7 +20,7 @@ from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import SettledBatch
 from jacfunc._settled.repeated import blocks_of
-from jacfunc._settled.sweeps import Beside, Work
+from jacfunc._settled.sweeps import Beside, KnownWork, Work
 from jacfunc._torch import inside_derivative, run_as_written, sweep_batch, untracked
 from jacfunc._trees import Given, flatten
 from jacfunc._types import Leaves, Tree
@@ -42,6 +42,7 @@ class SettledSamples(SettledBatch):
             return None
         how: Any = tuple(state.point), flatten(output)[0][0], False, False, (), returned
         settled = cls(batch, *how)
+        settled.works[blocks_of] = KnownWork(blocks_of)
         exact_kind: CallKind | None = getattr(call, "exact_kind", None)
         settled.exact_kind = exact_kind and exact_kind.kind
         return settled
@@ -58,7 +59,9 @@ class SettledSamples(SettledBatch):
         """The blocks; None of other works, and where the call must be taken anew."""
         if work is not blocks_of or state.hooks():
             return None
-        return self._lent(state, given, partial(self._swept, state, given))
+        result = self._lent(state, given, partial(self._swept, state, given))
+        self.works[work].calls += result is not None
+        return result
 
     def _swept(self, state: ModuleState, given: Given) -> Leaves:
         params, (shape, dtype) = tuple(state.point.values()), self.output

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from timeit import timeit
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jacfunc._log import note
+from jacfunc._measuring import InTurn
 from jacfunc._torch import Graphs, RandomState, holds_nan
 from jacfunc._traces import (
     MOST_BYTES,
@@ -26,9 +26,6 @@ from jacfunc.strategies._strategy import Sweeps
 
 MOST_ROWS = 16
 """More are not written down one by one: programs of thousands of operators are slow to make."""
-
-ROUNDS = 5
-"""So often every way is timed, each in turn, so that a busy machine is busy for all of them."""
 
 
 class SweepablePoint(Protocol):
@@ -46,6 +43,8 @@ class SweepablePoint(Protocol):
 
 PointT = TypeVar("PointT", bound=SweepablePoint)
 Evaluate = Callable[[Tensor], PointT]
+Replay = Callable[[Leaves], Leaves | None]
+"""Makes a block of what was saved; None where it does not hold."""
 
 
 class WrittenBlock(Generic[PointT]):
@@ -57,16 +56,13 @@ class WrittenBlock(Generic[PointT]):
 
     Args:
         evaluate: evaluates the function at a point.
-        work: the block, written down.
+        ways: to the block, written down; the fastest is found out as calls take them in turn.
         outline: of the graphs for which it holds.
-        is_checked: does it not hold where there is a nan? Of columns nobody knows what made one.
     """
 
-    def __init__(
-        self, evaluate: Evaluate[PointT], work: WrittenWork, outline: Any, is_checked: bool
-    ) -> None:
-        self._evaluate, self._outline, self._is_checked = evaluate, outline, is_checked
-        self._work, self._misses = work, 0
+    def __init__(self, evaluate: Evaluate[PointT], ways: Sequence[Replay], outline: Any) -> None:
+        self._evaluate, self._outline = evaluate, outline
+        self._ways, self._misses = InTurn(ways), 0
 
     @property
     def is_kept(self) -> bool:
@@ -78,13 +74,13 @@ class WrittenBlock(Generic[PointT]):
 
         None for both if the evaluation can't be swept, as not all is there as it was saved.
         """
-        block, saved = None, Saved.at(x, self._evaluate)
+        block, saved, ways = None, Saved.at(x, self._evaluate), self._ways
         is_whole = saved.sources.are_as_saved
         if is_whole and saved.outline == self._outline:
+            replay = partial(ways.way, saved.leaves)
             with torch.set_grad_enabled(False):
-                (block,) = self._work.result(saved.leaves) or (None,)
-            if block is not None and self._is_checked and holds_nan(block):
-                block = None
+                made = replay() if ways.is_over else ways.timed(replay, x)
+            (block,) = made or (None,)
         self._misses = 0 if block is not None else self._misses + 1
         return (saved, block) if is_whole else None
 
@@ -172,22 +168,17 @@ def _written_block(
     saved = Saved.at(x, evaluate)
     if not saved.sources.are_as_saved or saved.fingerprint != known:
         return None
-    fit: list[tuple[WrittenWork, bool]] = []
-
-    def run(work: WrittenWork, is_checked: bool) -> None:
-        result = work.result(saved.leaves)
-        if result is not None and is_checked:
-            holds_nan(result[0])
-
+    fit: list[Replay] = []
     with torch.set_grad_enabled(False):
         for work, way in works:
             work.hold_for(saved.leaves)
             if work.gives(saved.leaves, (expected,)):
-                fit.append((work, is_pushed or way.are_pushes))
-        rounds = range(ROUNDS if len(fit) > 1 else 1)
-        seconds = [[timeit(partial(run, *each), number=1) for each in fit] for _ in rounds]
-    if not fit:
-        return None
-    least = list(map(min, zip(*seconds, strict=True)))
-    work, is_checked = fit[least.index(min(least))]
-    return WrittenBlock(evaluate, work, saved.outline, is_checked)
+                is_checked = is_pushed or way.are_pushes
+                fit.append(partial(_without_nan, work.result) if is_checked else work.result)
+    return WrittenBlock(evaluate, fit, saved.outline) if fit else None
+
+
+def _without_nan(replay: Replay, leaves: Leaves) -> Leaves | None:
+    """A block; None where there is a nan, as of columns nobody knows what made one."""
+    made = replay(leaves)
+    return None if made is None or holds_nan(made[0]) else made

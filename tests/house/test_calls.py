@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import jacfunc
 from tests.house.calls import is_call, is_own, num_calls
 from tests.house.moves import problems
 
@@ -46,3 +49,22 @@ def test_settled_calls_call_few_functions(name: str) -> None:
     own, every = calls_of(call)
     assert own <= MOST[name][0]
     assert every <= MOST[name][1]
+
+
+class Reader(nn.Module):
+    """It keeps lists of weights, of their names, and of weak references to them, as LSTMs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.head(self.read(x)[0][:, -1])
+        return last
+
+
+def test_settled_calls_of_a_recurrent_network_call_few_functions() -> None:
+    jac, x = jacfunc.module_jacobian(Reader(), per_sample=True), torch.randn(1, 5, 3)
+    own, every = calls_of(lambda: jac(x))
+    assert own <= 216
+    assert every <= 600
