@@ -53,6 +53,8 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
                 node.args = base, [*node.meta["val"].shape]
         elif node.target in _REDUCTIONS and node.args[0].target in _MOVES:
             _reduce_base(graph, node)
+        elif is_pure and node.target is _ATEN.clone.default and _is_needless_clone(graph, node):
+            node.replace_all_uses_with(node.args[0])
         elif is_pure and _is_needless_copy(node):
             node.replace_all_uses_with(_joined(graph, node))
         elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
@@ -162,6 +164,13 @@ def _is_needless_copy(node: Node) -> bool:
     tensors: Any = node.args[0] if node.target in _JOINS else ()
     is_one = len(tensors) == 1 and not node.kwargs
     return is_one and is_contiguous(tensors[0]) and not _may_be_returned(node)
+
+
+def _is_needless_clone(graph: GraphModule, node: Node) -> bool:
+    """Is it a copy of an input, laid out in the same way, of which nothing reads by an address?"""
+    (tensor, *_), kind = cast("Any", node.args), kind_of(node)
+    is_alike = tensor.op == "placeholder" and kind is not None and kind == kind_of(tensor)
+    return is_alike and not any(x.target is _ATEN.as_strided.default for x in graph.graph.nodes)
 
 
 def _may_be_returned(node: Node) -> bool:

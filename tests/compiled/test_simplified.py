@@ -138,3 +138,11 @@ def test_what_is_not_autocast_stays_so() -> None:
         for _ in range(2):
             result = call(torch.ones(3, 3))  # which bfloat16 has no digits for
             assert torch.equal(result, torch.full((3, 3), 1 + 2**-12))
+
+
+def test_copies_of_which_memory_is_read_are_made() -> None:
+    """An address in a copy of a slice is another one than in what was sliced."""
+    call = jacfunc.compile(lambda x: x.clone().as_strided((2,), (1,), 0) * 2, backend="replay")
+    for _ in range(3):
+        row = torch.randn(4)
+        torch.testing.assert_close(call(row[1:]), row[1:3] * 2)
