@@ -21,7 +21,7 @@ from jacfunc._memory import sparing
 from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, SettledBatch
-from jacfunc._settled.reads import Reads
+from jacfunc._settled.following import Reads
 from jacfunc._settled.sweeps import MOST_WORKS, Sweep, Work, evaluated_with_sources
 from jacfunc._torch import RandomState
 from jacfunc._traces import MOST_BYTES, MOST_MISSES, Sources
