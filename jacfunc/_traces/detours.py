@@ -43,6 +43,9 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
             node.replace_all_uses_with(node.args[0].args[0])
         elif is_pure and node.target is _ATEN.t.default and node.args[0] in transposed:
             node.replace_all_uses_with(transposed[node.args[0]])
+        elif is_pure and node.target in VIEWS and _is_of_kept_dims(node):
+            (tensor, dims, _), kwargs = node.args[0].args, node.args[0].kwargs
+            node.target, node.args, node.kwargs = _ATEN.sum.dim_IntList, (tensor, dims), kwargs
         elif node.target in _MOVES:
             transposed |= {node.args[0]: node} if node.target is _ATEN.t.default else {}
             base, kind = _base_of(node), kind_of(node)
@@ -118,6 +121,16 @@ def _base_of(node: Node) -> Any:
             if is_contiguous(above) and above.meta["val"].numel() == size:
                 base = above
     return base
+
+
+def _is_of_kept_dims(node: Node) -> bool:
+    """Does it take away the dimensions of length one that a sum has kept? That of a bias does."""
+    total: Any = node.args[0]
+    is_sum = total.target is _ATEN.sum.dim_IntList and total.args[2:] == (True,)
+    if not (is_sum and total.args[1]):  # without dimensions it is a sum over all of them
+        return False
+    shape, dims = total.meta["val"].shape, {dim % total.meta["val"].dim() for dim in total.args[1]}
+    return [n for dim, n in enumerate(shape) if dim not in dims] == [*node.meta["val"].shape]
 
 
 def _reduce_base(graph: GraphModule, node: Node) -> None:
