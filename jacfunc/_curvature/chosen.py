@@ -106,12 +106,12 @@ class KnownLoss:
         self._api, self._loss, self._captured, self._is_checked = api, loss, captured, False
         kind, weights = loss.divided
         self.kind: LossKind = kind
-        self._tensors: Leaves = targets, *weights
+        self.tensors: Leaves = targets, *weights
 
     @property
     def is_convex(self) -> bool:
         """Has its second derivative a root whatever the numbers are? Weights may be negative."""
-        targets, *weights = self._tensors
+        targets, *weights = self.tensors
         are_weights = self.kind.function is F.cross_entropy and targets.is_floating_point()
         return not (weights or are_weights)
 
@@ -125,9 +125,9 @@ class KnownLoss:
         if self._captured is not None:
             self._captured.check(self._api, "the loss")
         if not self._is_checked:  # a formula would take classes that there are not
-            self._loss(outputs[0], self._tensors[0])
+            self._loss(outputs[0], self.tensors[0])
             self._is_checked = True
-        return self._tensors
+        return self.tensors
 
 
 @dataclass(frozen=True)

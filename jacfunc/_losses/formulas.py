@@ -50,7 +50,7 @@ class OfNumbers:
         return diagonal.sqrt().reshape(len(diagonal), -1).diag_embed()
 
     def _diagonal(self, dtype: torch.dtype) -> Tensor:
-        return self.second(self.outputs.to(dtype), self.targets.to(dtype)).div_(self.terms)
+        return self.second(self.outputs.to(dtype), self.targets.to(dtype)) / self.terms
 
 
 @dataclass(frozen=True, eq=False)

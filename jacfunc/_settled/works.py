@@ -39,7 +39,7 @@ class Whole:
     def __init__(
         self, settled: Evaluator, state: ModuleState, given: Given, beside: Leaves, work: Work
     ) -> None:
-        self._code = LayerCode(state)
+        self._code = LayerCode(state.origin or state)
         self._like: Callable[[Leaves], Leaves] = tuple
 
         def made() -> Leaves:
@@ -60,7 +60,8 @@ class Whole:
 
     def result(self, state: ModuleState, given: Given, beside: Leaves) -> Leaves | None:
         """The result of other numbers; None where it does not hold."""
-        if state.is_copy or not self._code.is_as_then():
+        # a list may have had other entries when a copy was made
+        if not self._code.is_as_then() or (state.is_copy and not state.is_plain):
             return None
         with recording(False):
             result = self._work.result(_sources(state, given, beside))
@@ -69,7 +70,10 @@ class Whole:
 
 def _sources(state: ModuleState, given: Given, beside: Leaves) -> Leaves:
     """All tensors that an evaluation may read, and what is taken beside it."""
-    return (*state.params.values(), *state.buffers.values(), *given.tensors, *beside)
+    own = (*state.params.values(), *state.buffers.values())
+    if state.is_copy:
+        own = (*map(state.copies.__getitem__, map(id, own)),)
+    return (*own, *given.tensors, *beside)
 
 
 @dataclass(eq=False)

@@ -79,6 +79,7 @@ def problems() -> dict[str, Callable[[], Any]]:
     of_own = jacfunc.module_jacobian(own, per_sample=True, strategy="structured")
     by_own = jacfunc.module_jacobian(own, "inputs", per_sample=True, strategy="reverse")
     norms_of_own = jacfunc.gradient_norms(own, nn.functional.mse_loss)
+    ggn_of_own = jacfunc.ggn(own, nn.functional.mse_loss)
     operator = jacfunc.module_operator(model, per_sample=True)
     norms = jacfunc.gradient_norms(model, nn.functional.mse_loss)
     vector = {name: torch.randn_like(param) for name, param in model.named_parameters()}
@@ -95,6 +96,7 @@ def problems() -> dict[str, Callable[[], Any]]:
         "a user's, by layers": lambda: of_own(x),
         "a user's, ntk": lambda: jacfunc.ntk(own, None, x),
         "a user's, gradient_norms": lambda: norms_of_own(x, y),
+        "a user's, ggn product": lambda: ggn_of_own(x, y) @ vector,
         "lstsq": lambda: operator(x).lstsq(y, damping=0.1, center=True),
     }
 

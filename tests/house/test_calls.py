@@ -25,8 +25,9 @@ MOST = {
     "a user's, by layers": (110, 302),
     "a user's, ntk": (138, 378),
     "a user's, gradient_norms": (118, 312),
+    "a user's, ggn product": (196, 548),
     "ggn, diagonal": (192, 528),
-    "ggn, product": (196, 548),
+    "ggn, product": (113, 318),
     "gradient_norms": (43, 118),
     "lstsq": (357, 920),
 }
