@@ -172,13 +172,14 @@ class KnownSteps(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # called for every operation: as short as it can be
-        step = self._step
-        if step is not None and func == step.func and _records_as_usual():
-            is_same = not (kwargs or step.kwargs or self._bound) and len(args) == len(step.args)
-            is_same = is_same and all(map(is_, args, step.args))
-            if is_same or self._is((args, kwargs or {}), (step.args, step.kwargs), step.new):
-                self._step = next(self._left, None)
-                return step.result
+        if (step := self._step) is not None:
+            known, before, named, new, result = step
+            if func == known and _records_as_usual():
+                is_same = not (kwargs or named or self._bound) and len(args) == len(before)
+                is_same = is_same and all(map(is_, args, before))
+                if is_same or self._is((args, kwargs or {}), (before, named), new):
+                    self._step = next(self._left, None)
+                    return result
         if any(type(x) is Jet for x in _leaves((args, kwargs))):
             self._refuse("it does something else than before")
         if func in _REFUSED or func in DRAWING:

@@ -18,7 +18,14 @@ from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._factored import FactoredJacobian, add_squares
 from jacfunc._lending import Captured
 from jacfunc._log import note
-from jacfunc._losses import DenseColumns, Drawn, LossKind, Predictive, TorchLoss
+from jacfunc._losses import (
+    DenseColumns,
+    Drawn,
+    LossKind,
+    Predictive,
+    SecondDerivative,
+    TorchLoss,
+)
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._outputs import ChosenCall
 from jacfunc._rounding import contracting
@@ -99,12 +106,12 @@ class KnownLoss:
         self._api, self._loss, self._captured, self._is_checked = api, loss, captured, False
         kind, weights = loss.divided
         self.kind: LossKind = kind
-        self._tensors: Leaves = targets, *weights
+        self.tensors: Leaves = targets, *weights
 
     @property
     def is_convex(self) -> bool:
         """Has its second derivative a root whatever the numbers are? Weights may be negative."""
-        targets, *weights = self._tensors
+        targets, *weights = self.tensors
         are_weights = self.kind.function is F.cross_entropy and targets.is_floating_point()
         return not (weights or are_weights)
 
@@ -118,9 +125,9 @@ class KnownLoss:
         if self._captured is not None:
             self._captured.check(self._api, "the loss")
         if not self._is_checked:  # a formula would take classes that there are not
-            self._loss(outputs[0], self._tensors[0])
+            self._loss(outputs[0], self.tensors[0])
             self._is_checked = True
-        return self._tensors
+        return self.tensors
 
 
 @dataclass(frozen=True)
@@ -138,11 +145,23 @@ class UnderLoss:
         Raises:
             Refused: if its second derivative must be known ``by_formula``, and is not.
         """
+        if by_formula:
+            self.second_at(outputs, beside)
         targets, *weights = beside
         loss = self.loss.with_weights(weights)
-        if by_formula and loss.at(outputs[0], targets) is None:
-            raise Refused("the loss may couple samples")
         return Loss(api, loss, targets, BatchOutputs(outputs, (), BARE))
+
+    def second_at(self, outputs: Leaves, beside: Leaves) -> SecondDerivative:
+        """The formula for its second derivative at outputs, of targets and weights that fit.
+
+        Raises:
+            Refused: if none is known.
+        """
+        targets, *weights = beside
+        second = self.loss.with_weights(weights).at(outputs[0], targets)
+        if second is None:
+            raise Refused("the loss may couple samples")
+        return second
 
 
 @dataclass(frozen=True)
@@ -150,10 +169,12 @@ class ProductUnder(UnderLoss):
     """``Jᵀ H J v``: beside there are v, and what the loss takes."""
 
     def __call__(self, jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
-        count, outputs = len(jacobian.params), jacobian.outputs
-        through = tuple([u.unsqueeze(0) for u in pushed(jacobian, beside[:count])])
-        weighed = self.loss_at("ggn", outputs, beside[count:]).times_batch(through)
-        return pulled(jacobian, tuple([u.squeeze(0) for u in weighed]))
+        count = len(jacobian.params)
+        second = self.second_at(jacobian.outputs, beside[count:])
+        (through,) = pushed(jacobian, beside[:count])
+        with torch.no_grad():
+            weighed = second.times(through)
+        return pulled(jacobian, (weighed,))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class MatrixProducts:
         self, at_batch: ModuleAtBatch, curvature_of: CurvatureOf, loss: KnownLoss | None
     ) -> None:
         self._at_batch, self._curvature_of = at_batch, curvature_of
-        whole = (ProductUnder(loss.kind), loss.beside) if loss else None
+        whole = (ProductUnder(loss.kind), loss.tensors, loss.beside) if loss else None
         self._again = ProductsAgain(at_batch, at_batch.products, whole)
 
     @kept_property

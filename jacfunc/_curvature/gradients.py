@@ -126,8 +126,7 @@ def _made_at_once(options: BatchOptions, loss: TorchLoss, arguments: Arguments) 
     if not args or type(args[-1]) is not Tensor:
         return None
     kind, weights = loss.divided
-    targets = args[-1]
-    beside = lambda _: (targets, *weights)  # noqa: E731
+    beside = args[-1], *weights
     result = made_at_once(options, (args[:-1], kwargs), NormsUnder(kind), beside)
     return None if result is None else result[0][0]
 

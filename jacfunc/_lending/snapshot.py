@@ -131,6 +131,7 @@ class _Rows:
         pairs = [(own, p.attributes) for own, p in zip(attributes, parts, strict=True)]
         pairs += [(table, first) for table, first in tensors if first]
         self._refer = [part.refers for part in parts]
+        self._kinds = [type(part.module) for part in parts]
         self.tables, self._attributes = [table for table, _ in pairs], attributes
         self._sizes = [len(first) for _, first in pairs]
         self._names = [name for _, first in pairs for name in first]
@@ -144,8 +145,10 @@ class _Rows:
 
     def are_current(self, is_untouched: bool) -> bool:
         """Does each table hold the same objects, under the same names in the same order?"""
+        modules = [*map(_REFERRED, self._refer)]
         if (
-            not all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
+            [*map(type, modules)] != self._kinds
+            or not all(map(is_, map(_TABLE, modules), self._attributes))
             or any(self._empty)
             or self._filled != self._entries
         ):

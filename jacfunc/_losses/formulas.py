@@ -50,7 +50,7 @@ class OfNumbers:
         return diagonal.sqrt().reshape(len(diagonal), -1).diag_embed()
 
     def _diagonal(self, dtype: torch.dtype) -> Tensor:
-        return self.second(self.outputs.to(dtype), self.targets.to(dtype)).div_(self.terms)
+        return self.second(self.outputs.to(dtype), self.targets.to(dtype)) / self.terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +137,10 @@ def _rows_times(dim: int, logits: Tensor, factors: Tensor, vector: Tensor) -> Te
     p = logits.softmax(dim, dtype=factors.dtype)
     likeliest = p.argmax(dim, keepdim=True).expand_as(vector.narrow(dim, 0, 1))
     u = vector.to(p.dtype)
-    u = u - u.gather(dim, likeliest)
+    # no write: a program that is written down can leave out more where there is none
+    u = (u - u.gather(dim, likeliest)) * factors
     # p (u - Σ p u) in one call: the pullback of a softmax
-    return torch._softmax_backward_data(u, p.expand_as(u), dim, p.dtype).mul_(factors)
+    return torch._softmax_backward_data(u, p.expand_as(u), dim, p.dtype)
 
 
 def _triangles(p: Tensor, factors: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class ModuleAtBatch:
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
-    def made_at_once(self, work: Work, beside: Beside | None = None) -> Leaves | None:
+    def made_at_once(self, work: Work, beside: Leaves | Beside = ()) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
         if (settled := self.settled) is None or hasattr(self, "last_call"):
             return None

@@ -131,7 +131,7 @@ class SettledCalls:
 
 
 def made_at_once(
-    options: ModuleOptions, arguments: Arguments, work: Work, beside: Beside | None = None
+    options: ModuleOptions, arguments: Arguments, work: Work, beside: Leaves | Beside = ()
 ) -> tuple[Leaves, OneTensor] | None:
     """What ``work`` makes of all samples of a call by layers, which are evaluated once.
 
@@ -139,7 +139,7 @@ def made_at_once(
     but the numbers, or where there is more to do.
 
     Args:
-        beside: gives the tensors that the work takes beside, if there are any.
+        beside: the tensors that the work takes beside, or what gives them.
     """
     is_usual = options.batching is not None and _are_usual(options)
     given = Given.of(arguments) if is_usual and is_undisturbed() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -19,9 +19,10 @@ from jacfunc._log import note
 from jacfunc._measuring import InTurn
 from jacfunc._samples import SampledCall
 from jacfunc._settled.alone import are_alone
-from jacfunc._settled.reads import Reads
+from jacfunc._settled.following import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
-from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
+from jacfunc._settled.sweeps import MOST_WORKS, NOTHING, Beside, Work
+from jacfunc._settled.works import KnownWork
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._traces import FEWEST_CALLS, Sources
 from jacfunc._trees import Given, Split
@@ -76,7 +77,7 @@ class SettledBatch:
         given: Given,
         compared: Container[int],
         work: Work,
-        beside: Beside | None = None,
+        beside: Leaves | Beside = (),
         api: str = "",
     ) -> Leaves | None:
         """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
@@ -87,8 +88,12 @@ class SettledBatch:
             state: the module as it is now, of the version of the earlier call.
             given: tensors of the same kinds.
             compared: signatures of evaluations after which batches were compared.
-            beside: gives the tensors that the work takes beside, if there are any.
+            beside: the tensors that the work takes beside, or what gives them.
         """
+        if (known := self.works.get(work)) and known.whole:
+            result = known.at_once(self, state, given, compared, beside)
+            if result is not None:
+                return result
         make = partial(self.made, state, given, compared, work, beside)
         return self._lent(state, given, make, api)
 
@@ -98,7 +103,7 @@ class SettledBatch:
         given: Given,
         compared: Container[int],
         work: Work,
-        beside: Beside | None,
+        beside: Leaves | Beside,
     ) -> Leaves | None:
         """As :meth:`result`, while the module is lent by the caller, who repeats what was drawn."""
         known = self.works.get(work) or KnownWork(work)
@@ -109,9 +114,9 @@ class SettledBatch:
             if result is not None or self.is_second:  # which must hold always
                 return result
         jacobian = self.evaluated(state, given, compared)
-        if jacobian is None or not (beside is None or self.returned is BARE):  # as losses need it
+        if jacobian is None or not (beside == () or self.returned is BARE):  # as losses need it
             return None
-        tensors = beside(jacobian.outputs) if beside else ()
+        tensors = beside(jacobian.outputs) if callable(beside) else beside
         result = work(jacobian, tensors)
         known.calls += 1
         self.is_batchable = getattr(jacobian.linearization, "is_batchable")  # noqa: B009
@@ -187,7 +192,7 @@ class SettledBatch:
         with recording(), MathAttention():
             own = self.repeated(state, given)
             # of one sample nothing can be learned of others
-            out = self.run(state, given, own, nullcontext() if self.is_plain else own.recorder)
+            out = self.run(state, given, own, NOTHING if self.is_plain else own.recorder)
             if out is None:
                 return None
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
@@ -235,7 +240,7 @@ class SettledBatch:
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
         if self.is_watched and own.is_watched:
             watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
-        with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
+        with watch or NOTHING, state.lent_for_evaluation(chosen), recorder:
             if state.buffers:
                 own.recorder.begin(state.module, state.buffers.values())
             called = state.module if given.merge is None else given.called(state.module)

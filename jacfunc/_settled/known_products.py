@@ -19,10 +19,12 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import sparing
 from jacfunc._remembered import Remembered
+from jacfunc._rounding import agree
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, SettledBatch
-from jacfunc._settled.reads import Reads
+from jacfunc._settled.following import Reads
 from jacfunc._settled.sweeps import MOST_WORKS, Sweep, Work, evaluated_with_sources
+from jacfunc._settled.works import Whole
 from jacfunc._torch import RandomState
 from jacfunc._traces import MOST_BYTES, MOST_MISSES, Sources
 from jacfunc._trees import Given
@@ -72,6 +74,7 @@ class KnownProducts:
     def __init__(self, are_counted: bool = True) -> None:
         self.are_counted, self.calls = are_counted, Counter[Steps]()
         self.sweeps: dict[Steps, list[Sweep]] = {}
+        self._wholes: dict[Steps, Whole] = {}
         self._batch: SettledBatch | None = None
 
     @property
@@ -93,12 +96,46 @@ class KnownProducts:
         try:
             with at_batch.undisturbed():
                 written = _written(at_batch, steps, pairs, output)
+                if written is not None and len(steps) == 1:
+                    self._write_whole(at_batch, written[0], steps, *pairs[0])
         except Exception as error:  # products are taken as before
             note("products of a kind of call are not written down: %s", error)
             return False
         if written is not None:
             self._batch, self.sweeps[steps] = written
         return written is not None
+
+    def _write_whole(
+        self, at_batch: AtBatch, settled: SettledBatch, steps: Steps, beside: Leaves, result: Leaves
+    ) -> None:
+        """Write a product down with the evaluation, if torch's own layers alone run in that."""
+        state, given, (work,) = at_batch.call.state, at_batch.given, steps
+        assert given is not None
+
+        def made(jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
+            return (*work(jacobian, beside), jacobian.outputs[0].detach())
+
+        try:
+            whole = Whole(settled, state, given, beside, made)
+            again = whole.result(state, given, beside)
+        except Exception as error:  # the module is evaluated as before
+            note("products of a kind of call take an evaluation: %s", error)
+            return
+        if again is not None and agree(again[:-1], result):
+            self._wholes[steps] = whole
+
+    def at_once(self, at_batch: AtBatch, steps: Steps, beside: Leaves) -> Leaves | None:
+        """A product and what the module returns, in one go; None where it must be evaluated."""
+        whole, state, given = self._wholes.get(steps), at_batch.call.state, at_batch.given
+        if whole is None or self.settled is None or given is None or state.hooks():
+            return None
+        if state.casting is not None and not state.casting.is_now():
+            return None
+        try:
+            return whole.result(state, given, beside)
+        except Exception as error:  # it is told of where the module is called
+            note("a point is evaluated, as a product fails without: %s", error)
+            return None
 
     def at(self, at_batch: AtBatch, sweeps: Sequence[Sweep]) -> WrittenPoint | None:
         """A point, evaluated while the module is lent for it; None where sweeps do not hold."""

@@ -22,16 +22,20 @@ class ProductsAgain:
     Args:
         at_batch: the point.
         known: what others have settled.
-        whole: makes a product all at once, of a vector and of the tensors that are given beside;
-            None where one can't tell what is done between J and its transpose.
+        whole: makes a product all at once, of a vector and of the tensors that come with it, which
+            are looked at beside what the module returns; None where one can't tell what is done
+            between J and its transpose.
     """
 
     def __init__(
-        self, at_batch: AtBatch, known: KnownProducts, whole: tuple[Work, Beside] | None = None
+        self,
+        at_batch: AtBatch,
+        known: KnownProducts,
+        whole: tuple[Work, Leaves, Beside] | None = None,
     ) -> None:
         self._at_batch, self._known, self._ways = at_batch, known, list[Steps]([APART])
         if whole is not None:
-            work, self._beside = whole
+            work, self._tensors, self._beside = whole
             self._ways.insert(0, (work,))
         self._point: WrittenPoint | None = None
         self._outputs: Leaves = ()
@@ -64,18 +68,34 @@ class ProductsAgain:
         Raises:
             ValueError: if tensors have changed that are no copies.
         """
-        point = self._evaluated() if is_undisturbed() else None
-        if point is None:
+        if not is_undisturbed():
             return None
         originals = self._at_batch.call.state.originals
         if originals is not None:
             originals.check(self._at_batch.call.api)
+        if (made := self._first(tangents)) is not None:
+            return made
+        if (point := self._evaluated()) is None:
+            return None
         with torch.set_grad_enabled(False):  # as no_grad, in fewer calls
             if len(point.sweeps) == 1:
                 made = point.made(0, (*tangents, *self._beside((point.output.detach(),))))
             elif (made := point.made(0, tangents)) is not None:
                 made = point.made(1, tuple([u[0] for u in weigh((made[0][None],))]))
         return made
+
+    def _first(self, tangents: Leaves) -> Leaves | None:
+        """The first product at the point, which may need no evaluation; None where one is made."""
+        way = self._ways[0]
+        if self._is_tried or self._outputs or len(way) > 1:
+            return None
+        made = self._known.at_once(self._at_batch, way, (*tangents, *self._tensors))
+        if made is None:
+            return None
+        *products, output = made
+        self._outputs = (output,)
+        self._beside(self._outputs)  # which raises where targets do not fit
+        return tuple(products)
 
     def learn(
         self, tangents: Leaves, result: Leaves, products: PointProducts, outputs: Leaves

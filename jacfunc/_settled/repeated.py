@@ -33,8 +33,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
-from jacfunc._settled.following import Following, PlainRecorder
-from jacfunc._settled.reads import Reads
+from jacfunc._settled.following import Following, PlainRecorder, Reads
 from jacfunc._torch import Graphs, Pull
 from jacfunc._traces import Sources
 from jacfunc._types import Leaves
@@ -181,11 +180,18 @@ def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> 
     Args:
         compared: signatures of evaluations after which batches were compared.
     """
-    is_new = seen.moves_samples and learned.moves_anew(seen)  # asked of few: most move none
-    if is_new or learned.moves_samples or learned.others:
+    if seen.moves_samples and learned.moves_anew(seen):  # asked of few: most move none
         return False
-    signature, is_told = seen.signature, seen.reads_values or not learned.mixes
-    return is_told and signature in learned.signatures and signature in compared
+    return knows_signature(learned, seen.signature, compared, seen.reads_values)
+
+
+def knows_signature(
+    learned: LearnedUses, signature: int, compared: Container[int], reads_values: bool = False
+) -> bool:
+    """As :func:`knows`, of operations that move no samples; does Python read numbers of them?"""
+    if learned.moves_samples or learned.others or (learned.mixes and not reads_values):
+        return False
+    return signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

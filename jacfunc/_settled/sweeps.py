@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Protocol, TypeAlias
 
@@ -13,16 +12,12 @@ from torch import Tensor
 from jacfunc._errors import Nameless
 from jacfunc._factored import HOOKING, FactoredJacobian, LearnedUses, UseRecorder
 from jacfunc._lending import ModuleState
-from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.alone import SettledModule, are_alone
-from jacfunc._settled.following import Following, Steps
-from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.following import Following, Reads, Steps
+from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import (
-    MOST_BYTES,
-    MOST_MISSES,
     Sources,
     WrittenWork,
     fingerprint,
@@ -30,6 +25,9 @@ from jacfunc._traces import (
 )
 from jacfunc._trees import Given
 from jacfunc._types import Leaves
+
+NOTHING = nullcontext()
+"""A context that does nothing."""
 
 MOST_WORKS = 4
 """Works that are known of a kind of call."""
@@ -79,11 +77,7 @@ class Sweep:
         self._like: Callable[[Leaves], Leaves] = tuple
 
         def made() -> Leaves:
-            with recording():
-                jacobian = own.jacobian(out, None)
-            if jacobian is None or jacobian.derived:
-                raise Nameless("parameters are used otherwise")
-            result = work(jacobian, beside)
+            result = swept(evaluated, beside, work)
             self._like = getattr(result, "like", tuple)
             return result
 
@@ -136,6 +130,7 @@ class Evaluator(SettledModule, Protocol):
     """A module at a batch of a settled kind, which is evaluated again."""
 
     is_alone: bool
+    is_watched: bool
     learned: LearnedUses
     graph: int
     """The number of the graph of the evaluation that was made last without a sweep."""
@@ -159,60 +154,14 @@ class Evaluator(SettledModule, Protocol):
         """What the module returns; None if it is not like what it has returned before."""
 
 
-@dataclass(eq=False)
-class KnownWork:
-    """A work that is done again and again, and the sweep that does it, once that is known.
-
-    Args:
-        work: makes a result.
-        calls: so many results were made without a sweep.
-        misses: so often in a row the sweep did not hold.
-    """
-
-    work: Work
-    calls: int = 0
-    misses: int = 0
-    sweep: Sweep | None = None
-
-    def swept(
-        self,
-        settled: Evaluator,
-        state: ModuleState,
-        given: Given,
-        compared: Container[int],
-        beside: Beside | None,
-    ) -> Leaves | None:
-        """The result of one more evaluation by the sweep; None where that does not hold."""
-        assert self.sweep is not None
-        result, evaluated = None, evaluated_with_sources(settled, state, given, self.sweep.reads)
-        if evaluated is not None:
-            own, sources, out = evaluated
-            is_like = self.sweep.holds_for(evaluated)
-            if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
-                others = beside((out.detach(),)) if beside else ()
-                result = self.sweep.replayed(sources, out, others)
-        self.misses = 0 if result is not None else self.misses + 1
-        if self.misses >= MOST_MISSES:
-            self.sweep = None
-        return result
-
-    def learn(
-        self, settled: Evaluator, state: ModuleState, given: Given, beside: Leaves, result: Leaves
-    ) -> None:
-        """Write down how this result is made, if that can be."""
-        if sum(x.nbytes for x in result) > MOST_BYTES:
-            return
-        evaluated = evaluated_with_sources(settled, state, given)
-        if evaluated is None:
-            return
-        try:
-            sweep = Sweep(evaluated, beside, self.work, settled.graph)
-            del evaluated  # before there is another one
-            evaluated = evaluated_with_sources(settled, state, given, sweep.reads)
-            if evaluated is not None and sweep.fits(evaluated, beside, result):
-                self.sweep = sweep
-        except Exception as error:  # it goes on as before
-            note("the sweep of a settled kind of call is not written down: %s", error)
+def swept(evaluated: Evaluated, beside: Leaves, work: Work) -> Leaves:
+    """What a work makes of an evaluation in which uses of parameters were looked for."""
+    own, _, out = evaluated
+    with recording():
+        jacobian = own.jacobian(out, None)
+    if jacobian is None or jacobian.derived:
+        raise Nameless("parameters are used otherwise")
+    return work(jacobian, beside)
 
 
 def evaluated_with_sources(
@@ -229,7 +178,7 @@ def evaluated_with_sources(
     if settled.names and state.hooks():
         return None
     attends, sources = reads is None or reads.attends, Sources()
-    with recording(), MathAttention() if attends else nullcontext():
+    with recording(), MathAttention() if attends else NOTHING:
         own = settled.repeated(state, given, sources, reads)
         with sources.saving():
             out = settled.run(state, given, own, own.recorder)

@@ -53,7 +53,7 @@ class SettledSamples(SettledBatch):
         given: Given,
         compared: Container[int],
         work: Work,
-        beside: Beside | None = None,
+        beside: Leaves | Beside = (),
         api: str = "",
     ) -> Leaves | None:
         """The blocks; None of other works, and where the call must be taken anew."""

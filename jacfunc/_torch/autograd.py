@@ -20,23 +20,30 @@ from jacfunc._types import Leaves
 
 
 class _Recording:
-    """``torch.enable_grad()`` where gradients are off, in two calls of Python's instead of ten."""
+    """Gradients on where they are off, or off where they are on: in two calls of Python's, not ten.
+
+    Args:
+        records: are they on inside?
+    """
+
+    def __init__(self, records: bool) -> None:
+        self._records = records
 
     def __enter__(self) -> None:
-        torch._C._set_grad_enabled(True)
+        torch._C._set_grad_enabled(self._records)
 
     def __exit__(self, *_: object) -> None:
-        torch._C._set_grad_enabled(False)
+        torch._C._set_grad_enabled(not self._records)
 
 
-_RECORDING = _Recording()
+_RECORDING = _Recording(False), _Recording(True)
 
 
-def recording() -> AbstractContextManager[Any]:
-    """A context in which autograd records, whatever mode the caller is in."""
-    if torch.is_inference_mode_enabled():
+def recording(records: bool = True) -> AbstractContextManager[Any]:
+    """A context in which autograd records, or does not, whatever mode the caller is in."""
+    if records and torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
-    return NOTHING if torch.is_grad_enabled() else _RECORDING
+    return NOTHING if torch.is_grad_enabled() == records else _RECORDING[records]
 
 
 def all_modes() -> list[Any]:

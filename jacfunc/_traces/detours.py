@@ -43,6 +43,9 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
             node.replace_all_uses_with(node.args[0].args[0])
         elif is_pure and node.target is _ATEN.t.default and node.args[0] in transposed:
             node.replace_all_uses_with(transposed[node.args[0]])
+        elif is_pure and node.target in VIEWS and _is_of_kept_dims(node):
+            (tensor, dims, _), kwargs = node.args[0].args, node.args[0].kwargs
+            node.target, node.args, node.kwargs = _ATEN.sum.dim_IntList, (tensor, dims), kwargs
         elif node.target in _MOVES:
             transposed |= {node.args[0]: node} if node.target is _ATEN.t.default else {}
             base, kind = _base_of(node), kind_of(node)
@@ -53,6 +56,8 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
                 node.args = base, [*node.meta["val"].shape]
         elif node.target in _REDUCTIONS and node.args[0].target in _MOVES:
             _reduce_base(graph, node)
+        elif is_pure and node.target is _ATEN.clone.default and _is_needless_clone(graph, node):
+            node.replace_all_uses_with(node.args[0])
         elif is_pure and _is_needless_copy(node):
             node.replace_all_uses_with(_joined(graph, node))
         elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
@@ -118,6 +123,16 @@ def _base_of(node: Node) -> Any:
     return base
 
 
+def _is_of_kept_dims(node: Node) -> bool:
+    """Does it take away the dimensions of length one that a sum has kept? That of a bias does."""
+    total: Any = node.args[0]
+    is_sum = total.target is _ATEN.sum.dim_IntList and total.args[2:] == (True,)
+    if not (is_sum and total.args[1]):  # without dimensions it is a sum over all of them
+        return False
+    shape, dims = total.meta["val"].shape, {dim % total.meta["val"].dim() for dim in total.args[1]}
+    return [n for dim, n in enumerate(shape) if dim not in dims] == [*node.meta["val"].shape]
+
+
 def _reduce_base(graph: GraphModule, node: Node) -> None:
     """Reduce what a tensor is another shape of, and give the fewer numbers their shape."""
     func, (shaped, *others) = cast("Any", node.target), cast("Any", node.args)
@@ -162,6 +177,13 @@ def _is_needless_copy(node: Node) -> bool:
     tensors: Any = node.args[0] if node.target in _JOINS else ()
     is_one = len(tensors) == 1 and not node.kwargs
     return is_one and is_contiguous(tensors[0]) and not _may_be_returned(node)
+
+
+def _is_needless_clone(graph: GraphModule, node: Node) -> bool:
+    """Is it a copy of an input, laid out in the same way, of which nothing reads by an address?"""
+    (tensor, *_), kind = cast("Any", node.args), kind_of(node)
+    is_alike = tensor.op == "placeholder" and kind is not None and kind == kind_of(tensor)
+    return is_alike and not any(x.target is _ATEN.as_strided.default for x in graph.graph.nodes)
 
 
 def _may_be_returned(node: Node) -> bool:

@@ -77,6 +77,30 @@ def test_no_tensor_stays_that_nothing_takes() -> None:
     torch.testing.assert_close(graph(X, *constants)[0], func(X))
 
 
+SUMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "of rows": (lambda x: x.sum((0,), True).view(3, 4), 0),
+    "of two dimensions": (lambda x: x.sum((0, -1), True).view(3), 0),
+    "of all": (lambda x: x.sum((), True).view(1, 1), 1),
+    "of another shape": (lambda x: x.sum((0,), True).view(4, 3), 1),
+    "kept": (lambda x: x.sum((0,), True).view(1, 12), 1),
+}
+"""Functions of ``[2, 3, 4]``, and how many views of their sums are left."""
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_dimensions_that_a_sum_keeps_are_not_taken_away_after_it(name: str) -> None:
+    """The gradient of a bias is such a sum, in each linear layer."""
+    func, views = SUMS[name]
+    x = torch.arange(24.0).view(2, 3, 4)
+    call = jacfunc.compile(lambda x: func(2 * x), backend="replay")
+    torch.testing.assert_close(call(x), func(2 * x))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        result = call(-x)
+    torch.testing.assert_close(result, func(-2 * x))
+    counts = Counter(event.name for event in seen.events() if event.cpu_parent is None)
+    assert counts["aten::view"] + counts["aten::reshape"] == views
+
+
 attend = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -138,3 +162,11 @@ def test_what_is_not_autocast_stays_so() -> None:
         for _ in range(2):
             result = call(torch.ones(3, 3))  # which bfloat16 has no digits for
             assert torch.equal(result, torch.full((3, 3), 1 + 2**-12))
+
+
+def test_copies_of_which_memory_is_read_are_made() -> None:
+    """An address in a copy of a slice is another one than in what was sliced."""
+    call = jacfunc.compile(lambda x: x.clone().as_strided((2,), (1,), 0) * 2, backend="replay")
+    for _ in range(3):
+        row = torch.randn(4)
+        torch.testing.assert_close(call(row[1:]), row[1:3] * 2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
@@ -82,6 +83,20 @@ def assert_right(model: Any, size: int = 5, draw: Any = batch) -> None:
     for _ in range(2):
         (x, y), v = draw(size), vector(model)
         assert_same(jacfunc.ggn(model, F.cross_entropy)(x, y) @ v, expected(model, x, v), TOLERANCE)
+
+
+def test_a_written_product_moves_nothing_for_the_loss() -> None:
+    """One vector needs no dimension of vectors, and where nothing is written more is left out."""
+    if not is_written():
+        pytest.skip("products are not written down")
+    model, (x, labels) = settled(), batch(5)
+    point, v = jacfunc.ggn(model, F.cross_entropy)(x, labels), vector(model)
+    assert_same(point @ v, expected(model, x, v))  # the point is evaluated
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        _ = point @ v
+    names = {event.name for event in seen.events() if event.cpu_parent is None}
+    assert "aten::_softmax_backward_data" in names
+    assert names.isdisjoint({"aten::mul_", "aten::squeeze", "aten::expand", "aten::view"})
 
 
 @SIZES

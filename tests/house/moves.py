@@ -61,6 +61,10 @@ def _moves_of(call: Callable[[], Any]) -> tuple[int, int]:
     return len(visited), moves
 
 
+class Layers(nn.Sequential):
+    """Torch's own layers in a class of a user's, which are called in each call."""
+
+
 def problems() -> dict[str, Callable[[], Any]]:
     """A small problem for each of the ways through the house."""
     torch.manual_seed(0)
@@ -71,6 +75,11 @@ def problems() -> dict[str, Callable[[], Any]]:
     by_layers = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
     by_inputs = jacfunc.module_jacobian(model, "inputs", per_sample=True, strategy="reverse")
     ggn = jacfunc.ggn(model, nn.functional.mse_loss)
+    own = Layers(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    of_own = jacfunc.module_jacobian(own, per_sample=True, strategy="structured")
+    by_own = jacfunc.module_jacobian(own, "inputs", per_sample=True, strategy="reverse")
+    norms_of_own = jacfunc.gradient_norms(own, nn.functional.mse_loss)
+    ggn_of_own = jacfunc.ggn(own, nn.functional.mse_loss)
     operator = jacfunc.module_operator(model, per_sample=True)
     norms = jacfunc.gradient_norms(model, nn.functional.mse_loss)
     vector = {name: torch.randn_like(param) for name, param in model.named_parameters()}
@@ -83,6 +92,11 @@ def problems() -> dict[str, Callable[[], Any]]:
         "ggn, diagonal": lambda: ggn(x, y).diagonal(),
         "gradient_norms": lambda: norms(x, y),
         "ggn, product": lambda: ggn(x, y) @ vector,
+        "a user's, by inputs": lambda: by_own(x),
+        "a user's, by layers": lambda: of_own(x),
+        "a user's, ntk": lambda: jacfunc.ntk(own, None, x),
+        "a user's, gradient_norms": lambda: norms_of_own(x, y),
+        "a user's, ggn product": lambda: ggn_of_own(x, y) @ vector,
         "lstsq": lambda: operator(x).lstsq(y, damping=0.1, center=True),
     }
 

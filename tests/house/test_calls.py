@@ -21,12 +21,17 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 MOST = {
     "jacrev": (48, 135),
     "module_jacobian, per sample": (182, 546),
-    "module_jacobian, by inputs": (108, 297),
-    "module_jacobian, by layers": (110, 302),
-    "ntk": (138, 378),
+    "module_jacobian, by inputs": (38, 112),
+    "module_jacobian, by layers": (36, 113),
+    "ntk": (63, 186),
+    "a user's, by inputs": (108, 297),
+    "a user's, by layers": (110, 302),
+    "a user's, ntk": (138, 378),
+    "a user's, gradient_norms": (118, 312),
+    "a user's, ggn product": (196, 548),
     "ggn, diagonal": (192, 528),
-    "ggn, product": (196, 548),
-    "gradient_norms": (118, 312),
+    "ggn, product": (113, 318),
+    "gradient_norms": (43, 118),
     "lstsq": (357, 920),
 }
 

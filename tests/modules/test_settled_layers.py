@@ -89,14 +89,18 @@ class Tied(nn.Module):
         return h.mean(1) @ self.table.T
 
 
+class Layers(nn.Sequential):
+    """Layers of torch's in a class of a user's: they are called each time, as that may do more."""
+
+
 def images() -> nn.Module:
     layers = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 def attention() -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    return nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 2))
+    return Layers(layer, nn.Flatten(), nn.Linear(12, 2))
 
 
 def normal(*shape: int) -> Callable[[int], Tensor]:
@@ -109,8 +113,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "recurrent": (Recurrent, normal(3, 2)),
     "attention": (attention, normal(3, 4)),
     "tied": (Tied, lambda size: torch.randint(6, (size, 4))),
-    "one number": (lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), normal(3)),
-    "a matrix": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))), normal(3)),
+    "one number": (lambda: Layers(nn.Linear(3, 1), nn.Flatten(0)), normal(3)),
+    "a matrix": (lambda: Layers(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))), normal(3)),
 }
 
 

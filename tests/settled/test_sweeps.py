@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jacfunc
 from tests.house.calls import num_calls
-from tests.modules.test_settled_layers import KINDS, assert_same, loop, normal
+from tests.modules.test_settled_layers import KINDS, Layers, assert_same, loop, normal
 
 CALLS = 40
 """After so many calls a sweep is written down, if it can be."""
@@ -57,7 +57,7 @@ def by_inputs(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return Layers(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
 @SIZES
@@ -135,7 +135,7 @@ def test_no_graph_is_swept_of_a_layer_whose_kernel_keeps_bytes(wrt: Any, size: i
 
 def test_no_graph_is_swept_of_normalizations_that_keep_nothing() -> None:
     norm = nn.BatchNorm2d(4)
-    module = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(64, 2))
+    module = Layers(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(64, 2))
     module.double().eval()
     norm.running_mean = torch.randn(4).double()
     draw = lambda: normal(1, 6, 6)(5)  # noqa: E731
@@ -498,7 +498,7 @@ def test_what_was_computed_is_not_kept() -> None:
         tensors = [x for x in get_objects() if type(x) is Tensor and x.dtype is torch.float32]
         return sum(x.nbytes for x in tensors if x.layout is torch.strided)
 
-    module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
+    module = Layers(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
     jac = by_params(module)
     draw = lambda: (torch.randn(16, 64),)  # noqa: E731
     for _ in range(5):

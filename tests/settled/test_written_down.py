@@ -32,6 +32,17 @@ def test_it_computes_what_was_computed_of_other_numbers() -> None:
     assert torch.equal(second, x.T.reshape(-1))
 
 
+def test_copies_of_sources_are_made_only_where_somebody_may_write_into_them() -> None:
+    x = torch.randn(3, 4)
+    run = executable(lambda: (x.clone().sin(),), x)
+    assert "clone" not in str(run.graph.graph)
+    for work in (lambda: (x.clone(),), lambda: (x.clone().mul_(2),), lambda: (x.T.clone(),)):
+        other = torch.randn(3, 4)
+        before, (result,) = other.clone(), executable(work, x)((other,))
+        result.zero_()
+        assert torch.equal(other, before)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a shape": lambda x: x.unflatten(2, (2, 2)),
     "an order": lambda x: x.permute(2, 0, 1),
