@@ -84,6 +84,37 @@ def test_forward_refuses_hooks_of_parameters_which_factors_go_round():
     torch.testing.assert_close(inputs, jacfunc.jacrev(module)(X[0]))
 
 
+def doubling(x):
+    """Gradients count twice, as far as they come through the first sine."""
+    hidden = x.sin()
+    if hidden.requires_grad:
+        hidden.register_hook(lambda g: 2 * g)
+    return hidden.sin()
+
+
+TWICE = {
+    "hessian": jacfunc.hessian(lambda x: doubling(x).sum()),
+    "laplacian": jacfunc.laplacian(lambda x: doubling(x).sum()),
+    "jacrev": jacfunc.jacrev(jacfunc.jacrev(doubling)),
+    "hvp": lambda x: jacfunc.hvp(lambda x: doubling(x).sum(), (x,), (torch.ones_like(x),))[1][0],
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_hooks_of_tensors_count_in_both_derivatives_or_not_at_all(name):
+    hidden, slope = POINT.sin(), POINT.cos()
+    first = 2 * hidden.cos() * slope
+    second = -4 * hidden.sin() * slope**2 - 2 * hidden.cos() * hidden  # the hook acts once more
+    bend = TWICE[name]
+    torch.testing.assert_close(bend(POINT).sum(), second.sum())
+    torch.testing.assert_close(jacfunc.vmap(bend)(POINT[None]).sum(), second.sum())
+    with pytest.raises(NotImplementedError, match="passes by hooks of tensors"):
+        torch.vmap(bend)(POINT[None])
+    for outer in (jacfunc.vmap, torch.vmap):
+        jac = outer(jacfunc.jacobian(doubling))(POINT[None])[0]
+        torch.testing.assert_close(jac, first.diag())
+
+
 # --- classes of tensors ---
 
 
