@@ -27,7 +27,7 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
     if are_plain(tensors):
         return
     for tensor in tensors:
-        if _means_more(type(tensor)):
+        if means_more(type(tensor)):
             raise Refused(
                 f"torch's transforms pass by the __torch_function__ of {type(tensor).__name__}"
             )
@@ -48,14 +48,14 @@ def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tenso
         return
     for tensor, copy in zip(tensors, copies, strict=True):
         kind = type(tensor)
-        if kind is not type(copy) and _means_more(kind):
+        if kind is not type(copy) and means_more(kind):
             raise Refused(
                 f"a copy of {type(tensor).__name__} is no longer one, and would pass by its "
                 "__torch_function__"
             )
 
 
-def _means_more(kind: Any) -> bool:
+def means_more(kind: Any) -> bool:
     """Does a class of tensors have a ``__torch_function__`` of its own?"""
     base: Any = torch.Tensor
     plain = (base.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from math import log
 
 import torch
 from torch import Tensor
@@ -15,21 +17,29 @@ NOISE = 64.0
 """Units of the precision that may be left where terms cancel."""
 
 
-def agree(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    """Are these the same numbers, computed in two ways?"""
-    return all(map(_agree, outputs, others))
+def agree(
+    outputs: Iterable[Tensor], others: Iterable[Tensor], dtypes: Iterable[torch.dtype] = ()
+) -> bool:
+    """Are these the same numbers, computed in two ways?
+
+    Args:
+        dtypes: of what they were made of, which may have been rounded more than they are.
+    """
+    coarsest = max([torch.finfo(x).eps for x in dtypes if x.is_floating_point], default=0.0)
+    return all(map(partial(_agree, coarsest), outputs, others))
 
 
-def _agree(out: Tensor, other: Tensor) -> bool:
+def _agree(coarsest: float, out: Tensor, other: Tensor) -> bool:
     out = out.detach()
     if out.shape != other.shape:
         return False
     if not out.is_floating_point():
         return are_near(out, other, None)
     # both may be zero but for rounding, as where terms of the size of one cancel
-    bound = NOISE * torch.finfo(out.dtype).eps
-    is_noise = bool(out.abs().le(bound).all() and other.abs().le(bound).all())
-    return is_noise or are_near(out, other, ROUNDING)
+    own = torch.finfo(out.dtype).eps
+    eps = max(own, coarsest)
+    is_noise = bool(out.abs().le(NOISE * eps).all() and other.abs().le(NOISE * eps).all())
+    return is_noise or are_near(out, other, ROUNDING * log(eps, own))
 
 
 def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0) -> bool:

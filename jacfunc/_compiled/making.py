@@ -116,14 +116,16 @@ class Making:
             Refused: if they differ by more than rounding.
         """
         inputs, run = (*self.arguments.leaves, *self.surroundings.tensors), entry.run
+        nodes = run.graph.graph.nodes
+        values = [node.meta.get("val") for node in nodes]
+        dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
         with torch.no_grad():
-            if not agree(self.outputs, run(inputs)):
+            if not agree(self.outputs, run(inputs), dtypes):
                 raise Refused(
                     "what is compiled computes other numbers. Pass backend='replay', and report it"
                 )
             seconds = _fastest(partial(run, inputs), self.outputs)
         eager, tracing = self.seconds
-        nodes = run.graph.graph.nodes
         count = sum(node.op == "call_function" for node in nodes)
         entry.compilation = Compilation(
             *(tracing, run.compile_seconds, eager, seconds, count),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import means_more
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.learned import Outdated
 from jacfunc._factored.use import KnownUse, Path, Use, UsedPart, View, holds_tensors
@@ -160,7 +161,7 @@ class RuledCall:
         tensors = {name: x for name, x in self.named.items() if isinstance(x, Tensor)}
         # torch reads some numbers from tensors, of which no sample has one of its own
         numbers = [n for n in tensors if type(self.rule.defaults[n]) in (bool, int, float)]
-        if not self.named or numbers or any(x.layout != torch.strided for x in tensors.values()):
+        if not self.named or numbers or not all(map(_is_usual, tensors.values())):
             return {}
         of_params = [name for name, x in tensors.items() if id(x) in params.by_id]
         every = placing.of_parameters(self.named, of_params)
@@ -203,7 +204,7 @@ class RuledCall:
             left -= 1
             param = params.by_id.get(id(value))
             number = None if param is None else param.number
-            if tensors.get(name, -1) != number or value.layout is not torch.strided:
+            if tensors.get(name, -1) != number or not _is_usual(value):
                 return False
             if param is None:
                 try:
@@ -223,9 +224,7 @@ class RuledCall:
         Raises:
             Outdated: if the rule does not cover the same parameters.
         """
-        forms = self.rule.forms_of(
-            **{**self.named, **placing.of_parameters(self.named, self.params)}
-        )
+        forms = self.rule.forms_of(**self.named | placing.of_parameters(self.named, self.params))
         if not self.params.keys() <= forms.keys():
             raise Outdated
         return self.parts(forms)
@@ -243,3 +242,9 @@ def add_parts(uses: Iterable[tuple[Use, RuledCall]], placing: Placing) -> None:
     """
     for use, call in uses:
         use.parts = call.known_parts(placing)
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Is it dense, and has its class no ``__torch_function__`` of which no rule knows?"""
+    kind = type(tensor)
+    return tensor.layout is torch.strided and (kind is Tensor or not means_more(kind))

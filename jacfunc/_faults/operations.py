@@ -37,7 +37,15 @@ from jacfunc._faults.lookups import (
     tensors_of,
 )
 from jacfunc._lock import alone
-from jacfunc._torch import DRAWING, below_transforms, innermost, is_batched, is_pushing, may_draw
+from jacfunc._torch import (
+    DRAWING,
+    below_transforms,
+    innermost,
+    is_batched,
+    is_pushing,
+    may_draw,
+    num_derivatives,
+)
 from jacfunc._types import is_differentiable
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
@@ -147,6 +155,17 @@ def _draw(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> An
         return func(*args, **kwargs)
 
 
+def _hook(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """A hook on a gradient, which acts at the innermost level alone; a plain graph calls it twice.
+
+    Raises:
+        Refused: if a derivative is differentiated in turn.
+    """
+    if num_derivatives(args[0]) > 1:
+        raise Refused("a derivative of another one passes by hooks of tensors inside a transform")
+    return func(*args, **kwargs)
+
+
 CONSTANT_TO_TORCH = (
     *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
     *(f"modified_bessel_{kind}" for kind in ("i0", "i1", "k0", "k1")),
@@ -179,6 +198,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     Tensor.__repr__: _write_out,
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
+    Tensor.register_hook: _hook,
 }
 """For each operation what is done instead of a call."""
 WATCHED = frozenset(RULES) | frozenset(FORMULAS)

@@ -97,6 +97,8 @@ class Propagation(TorchFunctionMode):
         rule = self._rules.get(func)
         if rule is None or named.get("out") is not None:
             self.run.give_up(f"there is no rule for {name_of(func)}")
+        if not _NO_CONTAINERS.issuperset(types):
+            self.run.give_up("a class of tensors has its own __torch_function__")
         if not torch.is_grad_enabled():
             self.run.give_up("it takes gradients off, or has a backward pass of its own")
         try:

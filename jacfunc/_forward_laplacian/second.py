@@ -15,6 +15,7 @@ from jacfunc._arguments import are_plain
 from jacfunc._assembly import DiagonalSink, columns_to_blocks, numel, unit_seeds
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
+from jacfunc._factored import users_modes
 from jacfunc._forward_laplacian.jet import NoRule, Run
 from jacfunc._forward_laplacian.propagation import Propagation
 from jacfunc._forward_laplacian.table import RULES
@@ -140,7 +141,8 @@ class SecondOrder:
         call = FlatCall(self._derivation, args, kwargs)
         with untracked():
             size = numel(call.primals)
-        if torch.compiler.is_compiling() or not size or not are_plain(call.primals):
+        is_seen = torch.compiler.is_compiling() or users_modes()  # a rule is not what these return
+        if is_seen or not size or not are_plain(call.primals):
             return self._swept(args, kwargs)
         random_state = RandomState(call.primals)
         try:

@@ -66,6 +66,7 @@ def push_on_graph(
     Raises:
         Refused: as :func:`pushforward`.
     """
+    check_plain(copies)
     own = tuple(tangent.clone() for tangent in tangents)
     with alone():
         pushed, _ = _watched(func, copies, copies, own, PushContext(0, False))

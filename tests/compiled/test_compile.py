@@ -196,6 +196,28 @@ def test_either_direction() -> None:
         assert counts[0] == min(counts[1:])
 
 
+@pytest.mark.parametrize("rounds", ["autocast", "autocast inside", "cast inside"])
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0])
+def test_rounded_on_the_way(rounds: str, scale: float) -> None:
+    """The trace may sweep in another direction, and rounds elsewhere: as much as its dtypes do."""
+    first, last = (
+        torch.linspace(-1, 1, n).mul(7 * n).cos().view(-1, m) for n, m in ((15, 3), (20, 5))
+    )
+    dtype = torch.bfloat16 if rounds == "cast inside" else torch.float32
+
+    def func(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds == "autocast inside"):
+            return (last.to(dtype) @ (first.to(dtype) @ x.to(dtype)).tanh()).tanh().float()
+
+    compiled, x = jacfunc.compile(jacfunc.jacobian(func), backend="replay"), scale * X
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounds == "autocast"):
+        answer = compiled(x)
+    hidden = (first @ x).tanh()
+    out = (last @ hidden).tanh()
+    expected = (1 - out**2).diag() @ last @ (1 - hidden**2).diag() @ first
+    torch.testing.assert_close(answer, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
 @pytest.mark.cuda
 def test_cuda_graphs() -> None:
     model = perceptron().to(DEVICE)

@@ -84,6 +84,37 @@ def test_forward_refuses_hooks_of_parameters_which_factors_go_round():
     torch.testing.assert_close(inputs, jacfunc.jacrev(module)(X[0]))
 
 
+def doubling(x):
+    """Gradients count twice, as far as they come through the first sine."""
+    hidden = x.sin()
+    if hidden.requires_grad:
+        hidden.register_hook(lambda g: 2 * g)
+    return hidden.sin()
+
+
+TWICE = {
+    "hessian": jacfunc.hessian(lambda x: doubling(x).sum()),
+    "laplacian": jacfunc.laplacian(lambda x: doubling(x).sum()),
+    "jacrev": jacfunc.jacrev(jacfunc.jacrev(doubling)),
+    "hvp": lambda x: jacfunc.hvp(lambda x: doubling(x).sum(), (x,), (torch.ones_like(x),))[1][0],
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_hooks_of_tensors_count_in_both_derivatives_or_not_at_all(name):
+    hidden, slope = POINT.sin(), POINT.cos()
+    first = 2 * hidden.cos() * slope
+    second = -4 * hidden.sin() * slope**2 - 2 * hidden.cos() * hidden  # the hook acts once more
+    bend = TWICE[name]
+    torch.testing.assert_close(bend(POINT).sum(), second.sum())
+    torch.testing.assert_close(jacfunc.vmap(bend)(POINT[None]).sum(), second.sum())
+    with pytest.raises(NotImplementedError, match="passes by hooks of tensors"):
+        torch.vmap(bend)(POINT[None])
+    for outer in (jacfunc.vmap, torch.vmap):
+        jac = outer(jacfunc.jacobian(doubling))(POINT[None])[0]
+        torch.testing.assert_close(jac, first.diag())
+
+
 # --- classes of tensors ---
 
 
@@ -149,6 +180,68 @@ def test_classes_of_tensors_are_right_for_each_sample():
     )
     expected = (2 * gate)[None, :, None].expand(3, 3, 1)
     torch.testing.assert_close(of_inputs.as_subclass(torch.Tensor), expected)
+
+
+class Shifted(torch.Tensor):
+    """Products of matrices with it are another function: what they return is plain."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func not in (nn.functional.linear, torch.matmul):
+            return result
+        return (2 * result.as_subclass(torch.Tensor) + 1).cos()
+
+
+class Named(torch.Tensor):
+    """What was made of it remembers that, and has another sine."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.cos() if func is torch.sin else result
+
+
+@pytest.mark.parametrize("kind", [Shifted, Named])
+def test_constants_of_such_classes_are_what_they_are(kind):
+    """In whatever rules do with an operation, at first and once calls are settled."""
+    matrix = X.as_subclass(kind)
+
+    def func(x):
+        return torch.sin(torch.matmul(matrix, x)).as_subclass(torch.Tensor)
+
+    def gradients(out, x):
+        return torch.stack([torch.autograd.grad(y, x, create_graph=True)[0] for y in out])
+
+    point = POINT.clone().requires_grad_()
+    jac = gradients(func(point), point)
+    bend = torch.stack([gradients(row, point).trace() for row in jac]).detach()
+    jac = jac.detach()
+    doors = (
+        (jacfunc.jacobian(func), jac),
+        (jacfunc.gram(func), jac @ jac.T),
+        (jacfunc.laplacian(func), bend),
+        (lambda x: jacfunc.vmap(jacfunc.laplacian(func))(x[None])[0], bend),
+    )
+    for door, expected in doors:
+        for _ in range(20):
+            torch.testing.assert_close(door(POINT), expected)
+
+
+def test_products_at_parameters_of_such_classes():
+    """The first product is pushed, and learns what later ones are told."""
+    model = net()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Shifted))
+    samples = rows_of_samples(model, X).values()
+    rows = torch.cat([x.as_subclass(torch.Tensor).flatten(2) for x in samples], 2)
+    expected = 2 / 8 * torch.einsum("bmp,bmq->p", rows, rows)
+    loss = nn.MSELoss()
+    v = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    product = jacfunc.ggn(model, loss)
+    for _ in range(20):
+        found = product(X, torch.zeros(4, 2, dtype=D)) @ v
+        flat = torch.cat([x.as_subclass(torch.Tensor).flatten() for x in found.values()])
+        torch.testing.assert_close(flat, expected)
 
 
 # --- reentrant checkpoints ---

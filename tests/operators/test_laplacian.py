@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 import jacfunc
 from jacfunc._memory import PeakBytes
@@ -339,6 +341,37 @@ def test_a_backward_pass_of_ones_own_is_honoured() -> None:
 def looped_free(func: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.enable_grad():
         return looped(func, X)
+
+
+class Doubled(TorchFunctionMode):
+    """``tanh`` returns twice as much, as a mode that emulates hardware might let it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        return 2 * result if func is torch.tanh else result
+
+
+@pytest.mark.parametrize("calls", [0, 20])
+def test_modes_of_users_may_change_what_operations_return(calls: int) -> None:
+    """Before calls of a kind are written down, and after that."""
+
+    def func(x: Tensor, factor: float = 1.0) -> Tensor:
+        return (torch.tanh(torch.tanh(x) * factor) * factor).sum()
+
+    plain, doubled = looped(func, X), looped(partial(func, factor=2.0), X)
+    doors: tuple[Callable[[Tensor], Any], ...] = (
+        jacfunc.laplacian(func),
+        jacfunc.vmap(jacfunc.laplacian(func)),
+        lambda x: jacfunc.value_jacobian_laplacian(func)(x)[2],
+        lambda x: jacfunc.hessian_diagonal(func)(x).sum(),
+    )
+    for number, door in enumerate(doors):
+        at = X[None] if number == 1 else X
+        for _ in range(calls):
+            door(at)
+        with Doubled():
+            torch.testing.assert_close(door(at).squeeze(), doubled)
+        torch.testing.assert_close(door(at).squeeze(), plain)
 
 
 def test_torchscript_is_seen_past_the_functions_of_torch(caplog: Log) -> None:
