@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import inf
 from timeit import timeit
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -136,6 +137,7 @@ def written_block(
     expected: Tensor,
     ways: Iterable[Sweeps],
     is_pushed: bool = False,
+    seconds: float = inf,
 ) -> WrittenBlock[PointT] | None:
     """The block at a point, written down; None if it can't be, or if it would not pay.
 
@@ -145,6 +147,7 @@ def written_block(
         ways: how it may be swept. The fastest is found out once all are written down, as then a
             batch costs no more calls than a row, and a tangent no more than a cotangent.
         is_pushed: is it swept by columns as long as nothing is written down?
+        seconds: it would not pay from so many on.
     """
     are_many = expected.numel() > MOST_ROWS * x.numel()
     ways = [way for way in ways if way.is_vmapped or not are_many]
@@ -152,7 +155,7 @@ def written_block(
         return None
     random_state = RandomState((x,))
     try:
-        return _written_block(begun(), x, expected, ways, is_pushed)
+        return _written_block(begun(), x, expected, ways, is_pushed, seconds)
     except Exception as error:  # it goes on as before
         note("a settled kind of call is not written down: %s", error)
         return None
@@ -161,7 +164,12 @@ def written_block(
 
 
 def _written_block(
-    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
+    evaluate: Evaluate[PointT],
+    x: Tensor,
+    expected: Tensor,
+    ways: list[Sweeps],
+    is_pushed: bool,
+    most_seconds: float,
 ) -> WrittenBlock[PointT] | None:
     saved = Saved.at(x, evaluate)
     if saved.outline is None:
@@ -184,10 +192,12 @@ def _written_block(
             work.hold_for(saved.leaves)
             if work.gives(saved.leaves, (expected,)):
                 fit.append((work, is_pushed or way.are_pushes))
-        rounds = range(ROUNDS if len(fit) > 1 else 1)
+        rounds = range(ROUNDS if len(fit) > 1 or most_seconds < inf else 1)
         seconds = [[timeit(partial(run, *each), number=1) for each in fit] for _ in rounds]
     if not fit:
         return None
     least = list(map(min, zip(*seconds, strict=True)))
+    if min(least) >= most_seconds:
+        return None
     work, is_checked = fit[least.index(min(least))]
     return WrittenBlock(evaluate, work, saved.outline, is_checked)
