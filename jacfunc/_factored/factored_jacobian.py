@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -147,6 +147,27 @@ class FactoredJacobian:
             for param_parts, block in zip(parts, blocks, strict=True):
                 write(param_parts, block)
 
+    def write_rows(
+        self,
+        cotangents: Leaves,
+        blocks: Callable[[], Sequence[Tensor]],
+        of: LeafNumbers = EVERY,
+    ) -> None:
+        """Pull back cotangents ``[K, B, *out]``, and write the rows of each parameter.
+
+        The parts of a parameter are merged when it is its turn, and go once they are written: those
+        of all parameters, merged and not, would otherwise lie beside the blocks.
+
+        Args:
+            blocks: returns tensors ``[B, K, *param]``, or parts of some. It is called after the
+                sweep, whose memory is free again then.
+        """
+        of_params = self._parts_by_use(cotangents, of)
+        places = blocks()
+        with self.contracting():
+            for place in places:
+                write(of_params.pop(0), place)
+
     def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
         """Rows of output leaf number ``of``, as the parts of each parameter's Jacobian."""
         alone = slice(of, of + 1)
@@ -154,6 +175,12 @@ class FactoredJacobian:
 
     def parts_of_cotangents(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> list[list[Part]]:
         """Pull back cotangents ``[K, B, *out]`` of some outputs or all, as parts by parameter."""
+        with self.contracting():
+            every = self._parts_by_use(cotangents, of)
+            return [merged(parts) if len(parts) > 1 else parts for parts in every]
+
+    def _parts_by_use(self, cotangents: Leaves, of: LeafNumbers) -> list[list[Part]]:
+        """The parts of each parameter, one for each use."""
         if not cotangents or not len(cotangents[0]) or not self.size:
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
@@ -172,8 +199,7 @@ class FactoredJacobian:
                     shape = (self.size, len(cotangents[0]), *derived.value.shape)
                     seeds = rows(merged(parts), partial(derived.value.new_zeros, shape))
                     _add(by_number, derived.parts, seeds.transpose(0, 1))
-            every = map(by_number.__getitem__, numbers)
-            return [merged(parts) if len(parts) > 1 else parts for parts in every]
+        return [by_number[number] for number in numbers]
 
     def params_of(self, operations: Container[int]) -> set[int]:
         """Numbers of the parameters that operations with these numbers use."""

@@ -145,7 +145,9 @@ def are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
 
 
 def write(parts: Sequence[Part], block: Tensor) -> None:
-    """Write the sum of all parts into a block ``[B, K, *param]``."""
+    """Write the sum of all parts, merged as far as they can be, into a block ``[B, K, *param]``."""
+    if len(parts) > 1:
+        parts = merged(parts)
     if len(parts) == 1 and not parts[0].path:
         parts[0].form.write(block)
         return

@@ -11,4 +11,4 @@ from jacfunc._measuring.results import (
     spread_of,
 )
 from jacfunc._measuring.rounds import Check, Contestant, Effort, Entry, measure
-from jacfunc._measuring.turns import InTurn
+from jacfunc._measuring.turns import ROUNDS, InTurn

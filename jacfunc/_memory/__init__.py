@@ -4,7 +4,7 @@ from jacfunc._memory.available import all_bytes, free_bytes
 from jacfunc._memory.budget import Budget
 from jacfunc._memory.chunks import GROWTH, Chunk, FittedChunks, evenly, in_chunks, largest, of_leaf
 from jacfunc._memory.counting import DispatchMode, PeakBytes, dense_tensors
-from jacfunc._memory.heap import at_most, give_back, is_on_a_budget, keep_heap, sparing
+from jacfunc._memory.heap import at_most, give_back, is_on_a_budget, keep_heap, mapped, sparing
 from jacfunc._memory.limits import (
     COMPARED_BYTES,
     COMPARED_GRAPH_BYTES,

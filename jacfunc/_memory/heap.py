@@ -69,20 +69,29 @@ def sparing(nbytes: int | None) -> AbstractContextManager[None]:
     in use: the process takes up to twice the bytes of its tensors. So blocks get pages of their
     own, which costs time to have them anew. What is made at once is less, too: see :func:`at_most`.
     """
-    return nullcontext() if nbytes is None else _sparing(nbytes, _heap())
+    return nullcontext() if nbytes is None else _sparing(nbytes)
 
 
 @contextmanager
-def _sparing(nbytes: int, heap: _Heap | None) -> Iterator[None]:
-    size = max(LEAST_MAPPED, nbytes // MAPPED_SHARE)
+def _sparing(nbytes: int) -> Iterator[None]:
     _here.budgets.append(nbytes)
+    try:
+        with mapped(max(LEAST_MAPPED, nbytes // MAPPED_SHARE)):
+            yield
+    finally:
+        _here.budgets.remove(nbytes)
+
+
+@contextmanager
+def mapped(size: int = LEAST_MAPPED) -> Iterator[None]:
+    """A context in which blocks of so many bytes have pages of their own, and leave no gaps."""
+    heap = _heap()
     if heap is not None:
         with alone():
             heap.map_from(*heap.sizes, size)
     try:
         yield
     finally:
-        _here.budgets.remove(nbytes)
         if heap is not None:
             with alone():
                 heap.sizes.remove(size)

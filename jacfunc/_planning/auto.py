@@ -19,10 +19,11 @@ from jacfunc._planning.budget import (
     in_pieces,
     piece_of,
     with_fewer_rows,
+    with_room,
 )
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
-from jacfunc._planning.recall import Planner, by_memory, settled_by_plan
+from jacfunc._planning.recall import Planner, by_memory, recall, settled_by_plan
 from jacfunc._remembered import CallKind
 from jacfunc._types import Blocks
 from jacfunc.strategies import (
@@ -61,6 +62,13 @@ class Auto(Streaming):
         """The plan's strategy, once the plan stays."""
         return settled_by_plan(self, kind)
 
+    def all_rows_within(self, kind: CallKind) -> float | None:
+        """Seconds of the plan, where all rows would keep to the memory; without a budget alone."""
+        if self.memory is not None or (planned := recall(self, kind)) is None:
+            return None
+        plan, _ = planned
+        return plan.timing.seconds if plan.fits_all_rows else None
+
     def plan(self, operator: JacobianOperator) -> Plan:
         """The plan for this operator, which is evaluated for it."""
         try:
@@ -72,7 +80,8 @@ class Auto(Streaming):
             return Plan(first, f"nothing could be forecast: {refusal}", None, tuple(others))
         if costs is None:
             return by_sizes(operator, self.directions)
-        return bounded(fastest(costs, self.directions, costs.most_loops), costs, self.memory)
+        plan = bounded(fastest(costs, self.directions, costs.most_loops), costs, self.memory)
+        return with_room(plan, costs, self.memory)
 
     def plan_samples(
         self,

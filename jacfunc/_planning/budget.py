@@ -56,6 +56,15 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     return replace(own, second=None)
 
 
+def with_room(plan: Plan, costs: Costs, memory: int | None) -> Plan:
+    """The plan, which knows whether all rows at once would keep to the budget."""
+    rows = Reverse()
+    is_modest = not _is_scarce(rows, costs, memory)
+    return replace(
+        plan, fits_all_rows=is_modest or costs.most_bytes(rows) <= _budget(costs, memory)
+    )
+
+
 def _in_chunks(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     strategy = plan.strategy
     if not _has_chunks(strategy):

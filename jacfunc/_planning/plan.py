@@ -103,6 +103,7 @@ class Plan(Streaming):
         second: the plan of another kind that has the next best forecast.
         timing: how long it took in the calls for which it was remembered.
         compiler: what compiles the derivative for which the plan is used; None if nothing does.
+        fits_all_rows: would all rows at once keep to the memory, too?
 
     Raises:
         TypeError: for a strategy that is none.
@@ -125,6 +126,7 @@ class Plan(Streaming):
     second: Plan | None = field(default=None, repr=False, compare=False)
     timing: Timing = field(default=Timing(), repr=False, compare=False)
     compiler: DerivativeCompiler | None = None
+    fits_all_rows: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.otherwise, tuple):

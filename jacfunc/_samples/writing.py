@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Grid, Sink, stack
+from jacfunc._assembly import Grid, Sink, shared_units, stack
 from jacfunc._factored import FactoredJacobian, LearnedUses
-from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, give_back, in_chunks
+from jacfunc._memory import (
+    LEAST_SWEPT_BYTES,
+    MOST_SWEPT_BYTES,
+    Chunk,
+    evenly,
+    give_back,
+    in_chunks,
+    mapped,
+)
 from jacfunc._samples.call import SampledCall
 from jacfunc._samples.one import OneSample, first_again
 from jacfunc._types import Leaves
@@ -102,8 +111,9 @@ class SampleWriter:
     ) -> None:
         """Write the blocks of samples, of which the first has the number ``start``.
 
-        In the first call of a kind the memory of a sweep is given back to the system before the
-        next sweep, which may find no use for it. That takes a while, which only the first call has.
+        In the first call of a kind the heap is in pieces. What is free there is given back before
+        a sweep, whose blocks have pages of their own: they would find room beside the pieces alone.
+        That takes a while, which only the first call has.
         """
         total = self.batch.size
         samples = slice(start, start + factors.size)
@@ -112,16 +122,21 @@ class SampleWriter:
             def fill(begin: int, end: int, number: int = number) -> Leaves:
                 if is_first:
                     give_back()
-                parts = factors.parts_of_rows(begin, end, number)
-                # after the sweep, whose memory is free again before the result takes its own
-                blocks = self._places(factors, grid, number)
-                if (factors.size, end - begin) != (total, grid.rows[number]):
-                    blocks = tuple(block[samples, begin:end] for block in blocks)
-                factors.write(parts, blocks)
+                of = slice(number, number + 1)
+                units = shared_units(factors.outputs[of], begin, end)
+
+                def blocks() -> Leaves:
+                    places = self._places(factors, grid, number)
+                    if (factors.size, end - begin) == (total, grid.rows[number]):
+                        return places
+                    return tuple(place[samples, begin:end] for place in places)
+
+                factors.write_rows(units, blocks, of)
                 return ()
 
-            for _ in in_chunks(rows, self._at_once(factors, grid, rows, chunk), fill):
-                pass
+            with mapped() if is_first else nullcontext():
+                for _ in in_chunks(rows, self._at_once(factors, grid, rows, chunk), fill):
+                    pass
 
     def _places(self, factors: FactoredJacobian, grid: Grid, number: int) -> Leaves:
         """Places for the blocks of an output, ``[B, M, *param]``."""

@@ -226,7 +226,7 @@ def matrix_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:
 def _write(jacobian: FactoredJacobian, seeds: Leaves, places: Sequence[Tensor]) -> None:
     """Write the rows of these seeds into places ``[B, K, *primal]``."""
     if jacobian.uses:
-        jacobian.write(jacobian.parts_of_cotangents(seeds), places)
+        jacobian.write_rows(seeds, lambda: places)
         return
     for place, rows in zip(places, _rows(jacobian, seeds), strict=True):
         place.copy_(rows)

@@ -158,10 +158,9 @@ class SettledRows:
 class SettledColumns:
     """The columns of calls of one kind, all at once: pushed, until they are written down.
 
-    What is written down is evaluated as for rows, once, without tangents: rows or columns are made
-    of what autograd has saved. Where that does not hold, tangents are pushed in another evaluation,
-    which draws the same numbers. A way that Python's random numbers choose would be drawn twice, so
-    few misses end this.
+    What is written down is evaluated once, as for rows: these or columns are made of what autograd
+    has saved. Where that does not hold, tangents are pushed in another evaluation, which draws the
+    same numbers. A way that Python's random numbers choose is drawn twice: few misses end this.
 
     Args:
         func: the function, which needs no watch where tangents are pushed.
@@ -169,6 +168,7 @@ class SettledColumns:
         randomness: of the columns.
         begun: returns what evaluates the function at a point, for a graph that is swept.
         ways: how the graph may be swept; none if nothing may be written down.
+        written: what is written down of columns that come in chunks, which are not pushed here.
     """
 
     def __init__(
@@ -178,11 +178,12 @@ class SettledColumns:
         randomness: str,
         begun: Callable[[Tensor], Evaluate[AtPoint]],
         ways: Iterable[Sweeps],
+        written: WrittenBlock[AtPoint] | None = None,
     ) -> None:
         self._func, self._shape, self._randomness = func, shape, randomness
         self._begun, self._ways = begun, ways
         self._calls = self._misses = 0
-        self._written: WrittenBlock[AtPoint] | None = None
+        self._written, self._is_in_chunks = written, written is not None
 
     def at(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The output and its block; None where the output is of another kind, or it is refused.
@@ -192,6 +193,8 @@ class SettledColumns:
         """
         if self._written is not None and (known := self._replayed(self._written, x)) is not None:
             return known
+        if self._is_in_chunks:
+            return None
         try:
             (tangents,) = unit_seeds((x,), 0, x.numel())
             out, columns = pushed_tensor(self._func, x, tangents, self._randomness)

@@ -24,10 +24,14 @@ from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._rows import AtPoint, SettledColumns, SettledRows
 from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps
-from jacfunc.strategies._written import Evaluate
+from jacfunc.strategies._written import Evaluate, written_block
 
 MOST_LOOKS = 8
 """Calls of a kind that are looked at: plans are settled within a few calls, or at none."""
+
+CLEARLY = 0.5
+"""All rows must take less than this part of what chunks of columns took, which may be faster in
+later calls than in those that were timed."""
 
 FAR_MORE = 4
 """Of so many times more rows than columns none is written down where columns may be."""
@@ -85,10 +89,11 @@ class SettledFunction:
         self._looks.put(kind, looks + 1)
         strategy = self._settled_strategy(call)
         if strategy is None:
+            if looks + 1 == MOST_LOOKS:
+                self._look_at_chunks(call, evaluation)
             return
         out = evaluation.value_and_aux()[0]
-        is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
-        if not is_constant or (self._order == 2 and out.numel() > 1):
+        if not _is_constant(out, x) or (self._order == 2 and out.numel() > 1):
             return
         ways = self._ways(strategy, out.numel(), x.numel())
         if isinstance(strategy, Forward):
@@ -103,6 +108,29 @@ class SettledFunction:
         if is_alone is not None:
             how = self._order, out.shape, is_alone, isinstance(strategy, Looped), ways
             self._by_kind.put(kind, SettledRows(self._derivation.func, *how))
+
+    def _look_at_chunks(self, call: FlatCall | SecondCall, evaluation: Evaluation) -> None:
+        """Write all rows down where a plan takes columns in chunks, if that is faster.
+
+        Until then, and where it does not hold, its calls are not settled: more columns at once than
+        it has chosen may be slower, or take more memory.
+        """
+        chooses, x, kind = self._strategy, call.primals[0], call.call_kind
+        if isinstance(call, SecondCall) or not isinstance(chooses, Streaming):
+            return
+        chunks, seconds = chooses.settled_for(kind), chooses.all_rows_within(kind)
+        is_same = isinstance(chunks, Forward) and chunks.randomness == "same"
+        if seconds is None or not is_same or not is_pushed_unwatched(call):
+            return
+        out, ((block,),) = evaluation.value_and_aux()[0], evaluation.blocks
+        if not _is_constant(out, x) or block.requires_grad:
+            return
+        begun, rows = partial(_evaluating, self._derivation), [Reverse().sweeps]
+        written = written_block(partial(begun, x), x, block, rows, True, CLEARLY * seconds)
+        if written is not None:
+            func = self._derivation.func
+            columns = SettledColumns(func, out.shape, "same", begun, rows, written)
+            self._by_kind.put(_kind_of(x), columns)
 
     def _ways(self, strategy: Sweeping, rows: int, columns: int) -> list[Sweeps]:
         """How the block may be written down: as it is swept, or as may be faster, if that is free.
@@ -147,6 +175,11 @@ def _evaluating(derivation: Derivation, x: Tensor) -> Evaluate[AtPoint]:
     if is_alone is None:
         raise Nameless("a pullback of it is watched")
     return SettledRows(derivation.func, 1, shape, is_alone, False, ()).evaluated
+
+
+def _is_constant(out: Tensor, x: Tensor) -> bool:
+    """Is an output made of numbers of the input's dtype, by which nobody differentiates further?"""
+    return out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

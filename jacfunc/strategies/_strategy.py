@@ -56,6 +56,13 @@ class Streaming(ABC):
         """What takes all later calls of this kind; None as long as that is not settled."""
         return self
 
+    def all_rows_within(self, kind: CallKind) -> float | None:
+        """Seconds that calls of this kind take, where all rows at once would fit into memory, too.
+
+        None where nobody knows.
+        """
+        return None
+
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, each a new tensor."""
         return self.into(NEW_TENSORS, operator)

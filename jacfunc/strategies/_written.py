@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from jacfunc._log import note
-from jacfunc._measuring import InTurn
+from jacfunc._measuring import ROUNDS, InTurn, Run, seconds_of
 from jacfunc._torch import Graphs, RandomState, holds_nan
 from jacfunc._traces import (
     MOST_BYTES,
@@ -132,6 +133,7 @@ def written_block(
     expected: Tensor,
     ways: Iterable[Sweeps],
     is_pushed: bool = False,
+    seconds: float = inf,
 ) -> WrittenBlock[PointT] | None:
     """The block at a point, written down; None if it can't be, or if it would not pay.
 
@@ -141,6 +143,7 @@ def written_block(
         ways: how it may be swept. The fastest is found out once all are written down, as then a
             batch costs no more calls than a row, and a tangent no more than a cotangent.
         is_pushed: is it swept by columns as long as nothing is written down?
+        seconds: it would not pay from so many on.
     """
     are_many = expected.numel() > MOST_ROWS * x.numel()
     ways = [way for way in ways if way.is_vmapped or not are_many]
@@ -148,7 +151,7 @@ def written_block(
         return None
     random_state = RandomState((x,))
     try:
-        return _written_block(begun(), x, expected, ways, is_pushed)
+        return _written_block(begun(), x, expected, ways, is_pushed, seconds)
     except Exception as error:  # it goes on as before
         note("a settled kind of call is not written down: %s", error)
         return None
@@ -157,7 +160,12 @@ def written_block(
 
 
 def _written_block(
-    evaluate: Evaluate[PointT], x: Tensor, expected: Tensor, ways: list[Sweeps], is_pushed: bool
+    evaluate: Evaluate[PointT],
+    x: Tensor,
+    expected: Tensor,
+    ways: list[Sweeps],
+    is_pushed: bool,
+    most_seconds: float,
 ) -> WrittenBlock[PointT] | None:
     saved = Saved.at(x, evaluate)
     if saved.outline is None:
@@ -174,8 +182,15 @@ def _written_block(
             work.hold_for(saved.leaves)
             if work.gives(saved.leaves, (expected,)):
                 is_checked = is_pushed or way.are_pushes
-                fit.append(partial(_without_nan, work.result) if is_checked else work.result)
+                replay = partial(_without_nan, work.result) if is_checked else work.result
+                if _takes_less(most_seconds, partial(replay, saved.leaves), x.device):
+                    fit.append(replay)
     return WrittenBlock(evaluate, fit, saved.outline) if fit else None
+
+
+def _takes_less(seconds: float, run: Run, device: torch.device) -> bool:
+    """Does a run take less than so many seconds? Only where that is a limit is it timed."""
+    return seconds == inf or min(seconds_of(run, device) for _ in range(ROUNDS)) < seconds
 
 
 def _without_nan(replay: Replay, leaves: Leaves) -> Leaves | None:

@@ -138,6 +138,22 @@ def test_on_a_budget_large_blocks_go_back_as_they_are_freed(is_set: bool) -> Non
     assert (inside < 5 and again < 5) if is_set else (inside > 45 and again > 45)
 
 
+RECURRENT = """
+from benchmarks.studies.ladder import share, taken
+
+print(share(taken("GRU", "params", 20)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else says what a process takes")
+def test_sweeps_of_a_first_call_leave_no_gaps_in_the_heap() -> None:
+    """A recurrent layer has many blocks of a hundred kilobytes: gaps took a quarter more."""
+    run = [sys.executable, "-W", "ignore", "-c", RECURRENT]
+    unset = {name: x for name, x in os.environ.items() if not name.startswith("MALLOC_")}
+    told = subprocess.run(run, env=unset, capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 1.9
+
+
 WITHIN = """
 import sys, torch, jacfunc
 from torch import nn

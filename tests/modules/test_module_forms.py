@@ -391,6 +391,28 @@ def test_a_flat_result_takes_little_beside_itself(strategy):
     assert counter.peak < 1.25 * result.nbytes
 
 
+class LastStep(nn.Module):
+    """A recurrent layer, and scores of its last state."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.read, self.head = kind(28, 48, batch_first=True), nn.Linear(48, 10)
+
+    def forward(self, x):
+        return self.head(self.read(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(("kind", "share"), [(nn.LSTM, 1.46), (nn.RNN, 1.48)])
+def test_what_is_merged_of_a_parameter_goes_before_another_is(kind, share):
+    """The cotangents of all steps lie beside the blocks of one parameter, and not of all."""
+    torch.manual_seed(0)
+    derive = jacfunc.module_jacobian(LastStep(kind), per_sample=True)
+    x = torch.randn(34 if kind is nn.LSTM else 120, 28, 28)
+    with PeakBytes() as counter:
+        result = derive(x)
+    assert counter.peak < share * sum(block.nbytes for block in result.values())
+
+
 @pytest.mark.parametrize("strategy", ["reverse", "structured"])
 def test_a_small_flat_result_is_swept_at_once(strategy):
     """How large its rows are is known: no row goes ahead to see that."""
