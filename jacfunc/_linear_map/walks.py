@@ -9,12 +9,11 @@ from math import prod
 from operator import attrgetter, methodcaller
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from jacfunc._torch import below_transforms, dtypes_of
+from jacfunc._torch import below_transforms
 
 _SEQUENCE = methodcaller("_sequence_nr")
 
@@ -185,17 +184,16 @@ def nodes_of_calls(calls: Iterable[tuple[Any, set[Any]]]) -> list[set[Any]]:
     return every
 
 
-def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
-    """The dtypes in which the tensors were computed, that of autocast inside of a function, too."""
+def nodes_behind(tensors: Iterable[Tensor]) -> set[Any]:
+    """All nodes of the graph behind the tensors."""
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    visited, dtypes = {None}, set[torch.dtype]()
+    visited: set[Any] = {None}
     while pending:
         node = pending.pop()
         if node not in visited:
             visited.add(node)
-            dtypes.update(dtypes_of(node))
             pending += [below for below, _ in node.next_functions]
-    return dtypes
+    return visited - {None}
 
 
 _OF_SIZES = "size", "stride", "numel", "_saved_N"  # as normalization over groups names samples

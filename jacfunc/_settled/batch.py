@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class SettledBatch:
         self.learned, self.misses, self.graph = batch.learned_as_a_whole, 0, 0
         self.names, self.inputs, self.by_layers = names, inputs, by_layers
         self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
+        self.splits = False
         self.output, self.returned = (output.shape, output.dtype), returned
         self.works = dict[Work, KnownWork]()
         self.tree: Split | None = None  # of the inputs, if they are no lone tensor
@@ -109,8 +110,9 @@ class SettledBatch:
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
         known.calls += 1
-        self.is_batchable = getattr(jacobian.linearization, "is_batchable")  # noqa: B009
-        del jacobian  # its graph need not stay while another one is made
+        linear: Any = jacobian.linearization
+        self.is_batchable, self.splits = linear.is_batchable, linear.splits
+        del jacobian, linear  # the graph need not stay while another one is made
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, given, tensors, result)
         return result
@@ -208,7 +210,7 @@ class SettledBatch:
     ) -> RepeatedEvaluation:
         how = self.learned, self.by_layers, self.inputs, sources, reads
         own = RepeatedEvaluation(self.params(state), given.tensors, *how)
-        own.is_batchable = self.is_batchable
+        own.is_batchable, own.splits = self.is_batchable, self.splits
         # of many samples the graph must be that after which batches were compared, if it is swept
         own.recorder.pulls_many = sources is None and (self.is_batchable or not self.is_alone)
         own.recorder.samples = 0 if self.is_alone or self.learned.mixes else self.size

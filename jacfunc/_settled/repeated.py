@@ -36,7 +36,7 @@ from jacfunc._linear_map import (
 from jacfunc._settled.following import Following, PlainRecorder
 from jacfunc._settled.reads import Reads
 from jacfunc._torch import Graphs, Pull
-from jacfunc._traces import Sources
+from jacfunc._traces import Sources, outline
 from jacfunc._types import Leaves
 
 _VERSION = attrgetter("_version")
@@ -62,6 +62,8 @@ class RepeatedEvaluation:
     recorder: OperationRecorder
     is_batchable = True
     """Are many cotangents pulled back at once?"""
+    splits = False
+    """Do nodes of a user's own take them one by one then?"""
 
     def __init__(
         self,
@@ -135,6 +137,17 @@ class RepeatedEvaluation:
         written = [n for n, version in enumerate(versions) if version != self._versions[n]]
         return Reads.of(self.recorder.operations, arguments, self.handles, written)
 
+    def outline(self, out: Tensor, sources: Sources) -> tuple[Any, ...] | None:
+        """The outline of the graph behind what was returned; nodes of users' own are noted.
+
+        None where there are such nodes, unless they take rows alone by inputs: by parameters, or
+        where Python reads numbers, they may look at a module as the evaluation has left it.
+        """
+        seen, sources.owners = self.recorder, []
+        is_plain = self.splits and not (self.handles or seen.reads_values or seen.apart)
+        owners = sources.owners if is_plain else None
+        return outline(out, self.starts, self.first, sources.saved, owners=owners)
+
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""
         return Pull(None, around, LeadsOut(self.starts, grad_mode=False, has_left=False))
@@ -163,7 +176,7 @@ class RepeatedEvaluation:
         linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
         if not linearization.is_batchable:
             return None
-        linearization.is_batchable = self.is_batchable
+        linearization.is_batchable, linearization.splits = self.is_batchable, self.splits
         how = self._size, uses, self._direct, self._params, linearization, derived
         return FactoredJacobian(
             *how,

@@ -26,7 +26,6 @@ from jacfunc._traces import (
     Sources,
     WrittenWork,
     fingerprint,
-    outline,
 )
 from jacfunc._trees import Given
 from jacfunc._types import Leaves
@@ -87,7 +86,8 @@ class Sweep:
             self._like = getattr(result, "like", tuple)
             return result
 
-        self._work = WrittenWork(made, leaves)
+        self._outline = own.outline(out, sources)
+        self._work = WrittenWork(made, leaves, sources.owners)
         self._fingerprints = list(map(fingerprint, leaves))
         recorder.graph = self._graph = graph
         self._signature = recorder.signature
@@ -102,7 +102,7 @@ class Sweep:
         leaves = self._leaves(sources, (out, *beside))
         if list(map(fingerprint, leaves)) != self._fingerprints:
             return False
-        self._outline = outline(out, own.starts, own.first, sources.saved)
+        self._outline = own.outline(out, sources)
         self._work.hold_for(leaves)
         if self._outline is None or not self.holds_for(evaluated):
             return False
@@ -117,13 +117,15 @@ class Sweep:
         own.recorder.graph = self._graph
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
-        return outline(out, own.starts, own.first, sources.saved) == self._outline
+        return own.outline(out, sources) == self._outline
 
     def replayed(self, sources: Sources, out: Tensor, beside: Leaves) -> Leaves | None:
         """The result of an evaluation that it holds for; None if tensors are not as they were."""
         if not sources.are_as_saved:
             return None
-        result = self._work.result(self._leaves(sources, (out, *beside)))
+        result = self._work.result(self._leaves(sources, (out, *beside)), sources.owners)
+        if sources.owners and not sources.are_as_saved:  # code of users' own may write
+            return None
         return None if result is None else self._like(result)
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
@@ -231,7 +233,7 @@ def evaluated_with_sources(
     attends, sources = reads is None or reads.attends, Sources()
     with recording(), MathAttention() if attends else nullcontext():
         own = settled.repeated(state, given, sources, reads)
-        with sources.saving():
+        with sources.saving(own.splits):
             out = settled.run(state, given, own, own.recorder)
     own.check_unwritten()
     if out is None:

@@ -16,9 +16,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
-from jacfunc._torch import Graphs
+from jacfunc._torch import Graphs, untracked
 
 _VERSION = attrgetter("_version")
 _KIND_OF_RESULT = attrgetter("shape", "dtype", "device")
@@ -37,6 +38,7 @@ class Sources:
         kinds: shapes and dtypes of what operations got, of constants, too.
         arguments: what some of them got, by their numbers.
         moments: how many nodes were made until each was saved, if nobody numbers operations.
+        owners: the nodes of users' own behind what was returned, once that was walked through.
     """
 
     saved: list[Tensor] = field(default_factory=list)
@@ -44,14 +46,18 @@ class Sources:
     kinds: list[Any] = field(default_factory=list)
     arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
+    owners: list[Any] = field(default_factory=list)
 
     @property
     def are_as_saved(self) -> bool:
         """Was nothing of it written into since? Torch compares that where it sweeps a graph."""
         return [*map(_VERSION, self.saved)] == self.versions
 
-    def saving(self) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves, and gets it back from here."""
+    def saving(self, by_users: bool = False) -> AbstractContextManager[None]:
+        """A context in which autograd tells what it saves, and gets it back from here.
+
+        Modes see operations while functions of users' own save tensors, ``by_users``.
+        """
         # a graph that held its own tensors by such hooks would never be freed
         here = ref(self)
 
@@ -68,8 +74,11 @@ class Sources:
                 raise RuntimeError("what a module returned inside a call is gone after the call")
             return sources.saved[number]
 
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, kept)
-        return hooks
+        def keep_unseen(tensor: Tensor) -> int:
+            with untracked():
+                return keep(tensor)
+
+        return saved_tensors_hooks(keep_unseen if by_users else keep, kept)
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
@@ -101,6 +110,7 @@ def outline(
     first: int,
     told: Sequence[Tensor],
     moments: Sequence[int] | None = None,
+    owners: list[Any] | None = None,
 ) -> tuple[Any, ...] | None:
     """The nodes behind a tensor: kinds, which leads where, when made, and numbers they have saved.
 
@@ -115,6 +125,7 @@ def outline(
         told: the tensors that hooks were told of, as they are of all but numbers.
         moments: how many nodes were made until each of these was saved, if nobody knows which
             operations were called. Then kinds of what they returned count, too.
+        owners: takes the nodes of users' own, if there may be any, in the order of the walk.
     """
     numbers: dict[Any, int] = {None: -1, **starts}
     nodes: list[Any] = [tensor.grad_fn]
@@ -123,6 +134,10 @@ def outline(
     for node in nodes:  # which grows
         kind = type(node)
         reader = readers[kind] if kind in readers else _learned(node)
+        if reader is None and owners is not None and issubclass(kind, BackwardCFunction):
+            owners += (node,)
+            kinds += map(_KIND_OF_RESULT, node._input_metadata)
+            reader = _NOTHING
         if reader is None:
             return None
         kinds += (kind,)
