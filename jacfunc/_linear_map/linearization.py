@@ -23,7 +23,7 @@ from jacfunc._torch import (
     newer_transforms,
     sweep_batch,
 )
-from jacfunc._traces import numbers_at, own_nodes, taking_rows
+from jacfunc._traces import can_take_rows, own_nodes, taking_rows
 from jacfunc._types import Leaves
 
 EVERY = slice(None)
@@ -206,9 +206,8 @@ class Linearization:
         keeps_graph = self.keeps_graph and torch.is_grad_enabled()
         if keeps_graph or self.plain is None or is_followed(cotangents):
             return None
-        own, count = own_nodes(nodes_behind(self.plain.outputs)), len(cotangents[0])
-        most = max(map(numbers_at, own), default=0)
-        return own if own and count > 1 and count * most <= FEW_NUMBERS else None
+        own = own_nodes(nodes_behind(self.plain.outputs))
+        return own if can_take_rows(own, len(cotangents[0])) else None
 
     def _pulled_one_by_one(self, cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
         """K cotangents pulled back, of which it is asked once whether somebody follows them."""

@@ -36,7 +36,7 @@ from jacfunc._linear_map import (
 from jacfunc._settled.following import Following, PlainRecorder
 from jacfunc._settled.reads import Reads
 from jacfunc._torch import Graphs, Pull
-from jacfunc._traces import Sources, outline
+from jacfunc._traces import Sources
 from jacfunc._types import Leaves
 
 _VERSION = attrgetter("_version")
@@ -136,17 +136,6 @@ class RepeatedEvaluation:
         versions = [handle._version for handle in self.handles]
         written = [n for n, version in enumerate(versions) if version != self._versions[n]]
         return Reads.of(self.recorder.operations, arguments, self.handles, written)
-
-    def outline(self, out: Tensor, sources: Sources) -> tuple[Any, ...] | None:
-        """The outline of the graph behind what was returned; nodes of users' own are noted.
-
-        None where there are such nodes, unless they take rows alone by inputs: by parameters, or
-        where Python reads numbers, they may look at a module as the evaluation has left it.
-        """
-        seen, sources.owners = self.recorder, []
-        is_plain = self.splits and not (self.handles or seen.reads_values or seen.apart)
-        owners = sources.owners if is_plain else None
-        return outline(out, self.starts, self.first, sources.saved, owners=owners)
 
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from jacfunc._traces import (
     Sources,
     WrittenWork,
     fingerprint,
+    outline,
 )
 from jacfunc._trees import Given
 from jacfunc._types import Leaves
@@ -86,8 +87,10 @@ class Sweep:
             self._like = getattr(result, "like", tuple)
             return result
 
-        self._outline = own.outline(out, sources)
-        self._work = WrittenWork(made, leaves, sources.owners)
+        self._outline, owners = outline(out, own.starts, own.first, sources), sources.owners or ()
+        if owners and (recorder.reads_values or recorder.apart):
+            raise Nameless("code of a user's may look at what another evaluation has left")
+        self._work = WrittenWork(made, leaves, owners)
         self._fingerprints = list(map(fingerprint, leaves))
         recorder.graph = self._graph = graph
         self._signature = recorder.signature
@@ -102,7 +105,7 @@ class Sweep:
         leaves = self._leaves(sources, (out, *beside))
         if list(map(fingerprint, leaves)) != self._fingerprints:
             return False
-        self._outline = own.outline(out, sources)
+        self._outline = outline(out, own.starts, own.first, sources)
         self._work.hold_for(leaves)
         if self._outline is None or not self.holds_for(evaluated):
             return False
@@ -117,14 +120,15 @@ class Sweep:
         own.recorder.graph = self._graph
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
-        return own.outline(out, sources) == self._outline
+        return outline(out, own.starts, own.first, sources) == self._outline
 
     def replayed(self, sources: Sources, out: Tensor, beside: Leaves) -> Leaves | None:
         """The result of an evaluation that it holds for; None if tensors are not as they were."""
         if not sources.are_as_saved:
             return None
-        result = self._work.result(self._leaves(sources, (out, *beside)), sources.owners)
-        if sources.owners and not sources.are_as_saved:  # code of users' own may write
+        owners = sources.owners or ()
+        result = self._work.result(self._leaves(sources, (out, *beside)), owners)
+        if owners and not sources.are_as_saved:  # code of users' own may write
             return None
         return None if result is None else self._like(result)
 
@@ -138,6 +142,7 @@ class Evaluator(SettledModule, Protocol):
     """A module at a batch of a settled kind, which is evaluated again."""
 
     is_alone: bool
+    splits: bool
     learned: LearnedUses
     graph: int
     """The number of the graph of the evaluation that was made last without a sweep."""
@@ -230,15 +235,16 @@ def evaluated_with_sources(
     """
     if settled.names and state.hooks():
         return None
-    attends, sources = reads is None or reads.attends, Sources()
+    # by parameters such a node may look at a module as the evaluation has left it
+    owners: list[Any] | None = [] if settled.splits and not settled.names else None
+    attends, sources = reads is None or reads.attends, Sources(owners=owners)
     with recording(), MathAttention() if attends else nullcontext():
         own = settled.repeated(state, given, sources, reads)
-        with sources.saving(own.splits):
+        with sources.saving():
             out = settled.run(state, given, own, own.recorder)
     own.check_unwritten()
     if out is None:
         return None
     is_read = own.recorder.reads_values or own.recorder.apart
-    is_told = settled.is_alone or not is_read
-    is_told = is_told or are_alone(settled, state, given, out, own.recorder)
+    is_told = settled.is_alone or not is_read or are_alone(settled, state, given, out, own.recorder)
     return (own, sources, out) if is_told else None

@@ -38,7 +38,8 @@ class Sources:
         kinds: shapes and dtypes of what operations got, of constants, too.
         arguments: what some of them got, by their numbers.
         moments: how many nodes were made until each was saved, if nobody numbers operations.
-        owners: the nodes of users' own behind what was returned, once that was walked through.
+        owners: the nodes of users' own behind what was returned, in the order of a walk; None if
+            there may be none.
     """
 
     saved: list[Tensor] = field(default_factory=list)
@@ -46,18 +47,15 @@ class Sources:
     kinds: list[Any] = field(default_factory=list)
     arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
-    owners: list[Any] = field(default_factory=list)
+    owners: list[Any] | None = None
 
     @property
     def are_as_saved(self) -> bool:
         """Was nothing of it written into since? Torch compares that where it sweeps a graph."""
         return [*map(_VERSION, self.saved)] == self.versions
 
-    def saving(self, by_users: bool = False) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves, and gets it back from here.
-
-        Modes see operations while functions of users' own save tensors, ``by_users``.
-        """
+    def saving(self) -> AbstractContextManager[None]:
+        """A context in which autograd tells what it saves, and gets it back from here."""
         # a graph that held its own tensors by such hooks would never be freed
         here = ref(self)
 
@@ -75,10 +73,10 @@ class Sources:
             return sources.saved[number]
 
         def keep_unseen(tensor: Tensor) -> int:
-            with untracked():
+            with untracked():  # modes see operations while functions of users' own save tensors
                 return keep(tensor)
 
-        return saved_tensors_hooks(keep_unseen if by_users else keep, kept)
+        return saved_tensors_hooks(keep if self.owners is None else keep_unseen, kept)
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
@@ -105,12 +103,7 @@ _FACTORS = "_saved_other", "_saved_self"
 
 
 def outline(
-    tensor: Tensor,
-    starts: Mapping[Any, int],
-    first: int,
-    told: Sequence[Tensor],
-    moments: Sequence[int] | None = None,
-    owners: list[Any] | None = None,
+    tensor: Tensor, starts: Mapping[Any, int], first: int, sources: Sources
 ) -> tuple[Any, ...] | None:
     """The nodes behind a tensor: kinds, which leads where, when made, and numbers they have saved.
 
@@ -122,15 +115,17 @@ def outline(
     Args:
         starts: nodes at which the walk ends, or identities of leaves, with their numbers.
         first: when the evaluation began: nodes are told apart by how many were made since.
-        told: the tensors that hooks were told of, as they are of all but numbers.
-        moments: how many nodes were made until each of these was saved, if nobody knows which
-            operations were called. Then kinds of what they returned count, too.
-        owners: takes the nodes of users' own, if there may be any, in the order of the walk.
+        sources: of the evaluation; its tensors are all that nodes have saved but numbers. With
+            moments, kinds of what operations returned count, too. Nodes of users' own are put
+            there, if there may be any.
     """
+    told, moments, owners = sources.saved, sources.moments, sources.owners
     numbers: dict[Any, int] = {None: -1, **starts}
     nodes: list[Any] = [tensor.grad_fn]
     kinds: list[Any] = [tensor.output_nr]
     readers, last = _readers(), -1
+    if owners:
+        owners.clear()
     for node in nodes:  # which grows
         kind = type(node)
         reader = readers[kind] if kind in readers else _learned(node)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from jacfunc._torch import below_vmap, is_batched
+from jacfunc._torch import below_vmap, is_batched, run_as_written
 from jacfunc._types import Leaves
 
 Made: TypeAlias = Sequence[Tensor | None]
@@ -50,14 +50,20 @@ def kinds_of(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     return tuple([None if x is None else (tuple(x.shape), x.dtype) for x in tensors])
 
 
+MOST_NUMBERS = 2**16
+"""Rows of more at a node of a user's own go one by one through all nodes: taken apart there alone,
+they are in memory four times for a moment, and spare less and less of the time."""
+
+
 def own_nodes(nodes: Iterable[Any]) -> list[Any]:
     """Those of the nodes whose backward pass is Python's, as that of a user's own is."""
     return [node for node in nodes if isinstance(node, BackwardCFunction)]
 
 
-def numbers_at(node: Any) -> int:
-    """How many numbers one cotangent of a node has."""
-    return sum([prod(each.shape) for each in node._input_metadata])
+def can_take_rows(nodes: Sequence[Any], count: int) -> bool:
+    """Are there nodes of users' own, and pays it that they take so many rows one by one?"""
+    numbers = [sum([prod(x.shape) for x in node._input_metadata]) for node in nodes]
+    return bool(numbers) and count > 1 and count * max(numbers) <= MOST_NUMBERS
 
 
 @contextmanager
@@ -116,7 +122,7 @@ def rows_of_node(
     each: Iterable[Any] = zip(*every_row, strict=False)
     if first is not None:
         each = (first() or row for row in each)
-    results = [*starmap(partial(type(node).apply, node), each)]
+    results: Any = run_as_written(list, starmap(partial(type(node).apply, node), each))
     columns: Any = zip(*results, strict=True) if isinstance(results[0], tuple) else (results,)
     made = [None if all(x is None for x in column) else torch.stack(column) for column in columns]
     if kinds is not None and kinds_of(made) != kinds:
