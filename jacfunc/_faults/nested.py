@@ -124,7 +124,9 @@ def note_unwatched(call: Any, around: Hashable, watch: Watch, shares: bool = Fal
         shares: must such calls run alone, for a module?
     """
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
-    if version is None or watch.stays_watched or any(map(_may_catch, call.functions)):
+    if version is None or watch.stays_watched or watch.leaves_torch:
+        return
+    if any(map(_may_catch, call.functions)):
         return
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
     if not (watch.drew and call.state is None):

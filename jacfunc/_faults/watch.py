@@ -40,6 +40,7 @@ from jacfunc._torch import (
 )
 from jacfunc._types import Leaves
 
+_ONLY_NOTED = BY_CALLER | WAYS_OUT
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
 
 
@@ -56,7 +57,9 @@ class Watch(TorchFunctionMode):
 
     _caught: Any = None
     stays_watched = False
-    """Must the function be watched again: was there a rule or a formula, or are numbers read?"""
+    """Must the function be watched again: was there a rule or a formula, or are numbers read?
+
+    Where it ``leaves_torch``, too, unless it is known to call the same operations."""
     drew = False
     """Has the function drawn random numbers?"""
     leaves_torch = False
@@ -137,7 +140,7 @@ class Watch(TorchFunctionMode):
             return
         self.leaves_torch |= func in WAYS_OUT
         self.strides |= func in STRIDING
-        is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
+        is_plain = func in _ONLY_NOTED or (func in LOOKUPS and lookup(args, kwargs) is None)
         self.stays_watched |= not (is_plain or is_plain_index(func, args))
         if func is Tensor.detach or func in TAKES_DERIVATIVES:
             self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)

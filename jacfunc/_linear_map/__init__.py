@@ -23,7 +23,6 @@ from jacfunc._linear_map.linearization import (
     Linearization,
     chosen_leaves,
     nonzero_numbers,
-    one_by_one,
 )
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._linear_map.push import is_pushed_unwatched, push_on_graph, pushed_tensor
@@ -36,5 +35,5 @@ from jacfunc._linear_map.samples import (
     one_sample,
     sample_chunks,
 )
-from jacfunc._linear_map.seeded import LinearMap, is_followed
+from jacfunc._linear_map.seeded import LinearMap, is_followed, one_by_one
 from jacfunc._linear_map.walks import Graph, LeadsOut, Paths, graph_number, nodes_of_calls

@@ -12,8 +12,8 @@ from torch import Tensor
 from jacfunc._errors import check_fallback
 from jacfunc._faults import check_nodes, handled, suspects
 from jacfunc._linear_map.graph import Anchor, map_of_graph
-from jacfunc._linear_map.linearization import one_by_one
 from jacfunc._linear_map.operator import JacobianOperator
+from jacfunc._linear_map.seeded import one_by_one
 from jacfunc._linear_map.walks import Graph
 from jacfunc._lock import alone
 from jacfunc._log import note

@@ -23,7 +23,7 @@ from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
 from jacfunc._linear_map.seeded import once
-from jacfunc._linear_map.walks import Graph, LeadsOut, dtypes_behind
+from jacfunc._linear_map.walks import Graph, LeadsOut
 from jacfunc._torch import (
     MathAttention,
     Pull,
@@ -246,5 +246,5 @@ def map_of_graph(
         keeps_graph=rules.keeps_graph,
         transpose=plain.transpose,
         last=partial(plain.sweep, retains=False),
-        dtypes=partial(dtypes_behind, outputs),
+        plain=plain,
     )

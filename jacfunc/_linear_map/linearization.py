@@ -6,24 +6,28 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._faults import can_be_pushed, handled
-from jacfunc._linear_map.seeded import LinearMap, is_followed
+from jacfunc._linear_map.seeded import FEW_NUMBERS, LinearMap, is_followed, one_by_one
 from jacfunc._log import note
-from jacfunc._torch import below_vmap, inside_transform, newer_transforms, sweep_batch
+from jacfunc._torch import (
+    below_vmap,
+    dtypes_of,
+    inside_transform,
+    newer_transforms,
+    nodes_behind,
+    sweep_batch,
+)
+from jacfunc._traces import can_take_rows, own_nodes, taking_rows
 from jacfunc._types import Leaves
 
 EVERY = slice(None)
 """All primals, or all outputs."""
-
-FEW_NUMBERS = 2**14
-"""Seeds of more numbers are not copied: that would take as long as it spares. Of no more, products
-may be there twice for a moment."""
 
 LeafNumbers: TypeAlias = slice | Sequence[int]
 """Which leaves of a tuple are meant: a slice, or their numbers in order."""
@@ -51,6 +55,18 @@ def nonzero_numbers(cotangents: Leaves) -> LeafNumbers:
     return [number for number, seeds in enumerate(cotangents) if seeds.any()]
 
 
+class PlainGraph(Protocol):
+    """A plain graph of autograd."""
+
+    @property
+    def outputs(self) -> Leaves:
+        """The tensors that it ends at."""
+
+    @property
+    def as_evaluated(self) -> Callable[[], None] | None:
+        """Puts a module back as it was, before code of a user's runs in a pullback."""
+
+
 @dataclass(slots=True)
 class Linearization:
     """Outputs at a point, and the linear map from their cotangents to those of the primals.
@@ -66,7 +82,9 @@ class Linearization:
         transpose: makes the map of tangents, and compares it with this one, unless it is called
             with False; None where sweeps are not of a plain graph.
         last: the sweep that frees a plain graph.
-        dtypes: finds those in which a plain graph computes.
+        plain: the plain graph, and what a pullback calls first; None where there is none.
+        splits: do nodes of a user's own take rows one by one in a sweep under vmap, as one has
+            refused all at once?
     """
 
     outputs: Leaves
@@ -78,7 +96,8 @@ class Linearization:
     keeps_graph: bool = True
     transpose: Callable[..., Linearization] | None = None
     last: Callable[[slice, LeafNumbers], Pulling] | None = None
-    dtypes: Callable[[], set[torch.dtype]] = set
+    plain: PlainGraph | None = None
+    splits: bool = False
     _transposed: Linearization | None = None
 
     def pull(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:
@@ -96,7 +115,7 @@ class Linearization:
             raise Refused(
                 "torch's forward mode through its backward pass is wrong; use reverse mode"
             )
-        if "Vmap" in newer and not self.is_batchable:
+        if "Vmap" in newer and (self.splits or not self.is_batchable):
             return below_vmap(
                 partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
             )
@@ -132,6 +151,12 @@ class Linearization:
                 ) from error
         return self._transposed
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Those in which a plain graph computes, that of autocast inside of a function, too."""
+        outputs = self.plain.outputs if self.plain else ()
+        nodes = nodes_behind([out.grad_fn for out in outputs])
+        return set(chain.from_iterable(map(dtypes_of, nodes)))
+
     def _map_of_tangents(self) -> LinearMap:
         try:
             transposed = self.transposed()
@@ -148,22 +173,42 @@ class Linearization:
 
         A single cotangent never is under vmap, so that ``chunk_size=1`` is the loop of torch.func.
         """
-        if not self.is_batchable:
-            return self._pulled_one_by_one(cotangents, onto, of)
-        try:
-            if cotangents[0].shape[0] == 1:
-                # the vmaps outside do not batch the seeds of larger chunks either
-                return one_by_one(self.sweep(onto, of), cotangents)
-            each = tuple(map(_in_rows, cotangents))
-            return sweep_batch(lambda seeds: (self.sweep(onto, of)(seeds), ()), each)[0]
-        except Exception as error:  # a backward pass of the user's own may raise anything
-            if isinstance(error, Refused) or is_out_of_memory(error):
-                raise
-            handled(error)
-            note("the backward pass could not be batched, rows go one by one: %s", error)
-            self.is_batchable = False  # other rows would fail in the same way
+        while self.is_batchable:
+            own = self._own_nodes(cotangents) if self.splits else ()
+            if own is None:
+                break
+            try:
+                if cotangents[0].shape[0] == 1:
+                    # the vmaps outside do not batch the seeds of larger chunks either
+                    return one_by_one(self.sweep(onto, of), cotangents)
+                each = tuple(map(_in_rows, cotangents))
+                pull: Any = lambda seeds: (self.sweep(onto, of)(seeds), ())  # noqa: E731
+                if not (own and self.plain):
+                    return sweep_batch(pull, each)[0]
+                with taking_rows(own, self.plain.as_evaluated):
+                    return sweep_batch(pull, each)[0]
+            except Exception as error:  # a backward pass of the user's own may raise anything
+                if isinstance(error, Refused) or is_out_of_memory(error):
+                    raise
+                handled(error)
+                note("the backward pass could not be batched, rows go one by one: %s", error)
+                # other rows would fail in the same way
+                self.is_batchable = not self.splits and self._own_nodes(cotangents) is not None
+                self.splits = self.is_batchable
         # not where the error is known: its traceback holds what was swept at once
         return self._pulled_one_by_one(cotangents, onto, of)
+
+    def _own_nodes(self, cotangents: Leaves) -> Sequence[Any] | None:
+        """Nodes of users' own that may take rows one by one, while others take all at once.
+
+        None where there are none, where they take so much that it makes no difference, or where
+        somebody differentiates further.
+        """
+        keeps_graph = self.keeps_graph and torch.is_grad_enabled()
+        if keeps_graph or self.plain is None or is_followed(cotangents):
+            return None
+        own = own_nodes(nodes_behind([out.grad_fn for out in self.plain.outputs]))
+        return own if can_take_rows(own, len(cotangents[0])) else None
 
     def _pulled_one_by_one(self, cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
         """K cotangents pulled back, of which it is asked once whether somebody follows them."""
@@ -189,31 +234,6 @@ def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:
     for number, cotangent in zip(numbers, cotangents, strict=True):
         every[number] = cotangent
     return tuple(every)
-
-
-def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
-    """Products of K seeds ``[K, *shape]``, swept one after the other without vmap."""
-    count = seeds[0].shape[0]
-    products = map(sweep, zip(*map(Tensor.unbind, seeds), strict=True))
-    first = next(products)
-    if count == 1:
-        left = [*first]
-        del first  # each product is freed as soon as it is copied
-        return tuple([torch.stack([left.pop(0)]) for _ in range(len(left))])
-    are_few = count * sum(map(Tensor.numel, first)) <= FEW_NUMBERS
-    if are_few or inside_transform() or not all(map(_is_bare, first)):
-        return tuple(map(torch.stack, zip(first, *products, strict=True)))
-    # each product is copied at once: all of them, and their copies, would take twice the result
-    every = tuple(leaf.new_empty((count, *leaf.shape)) for leaf in first)
-    for k, product in enumerate(chain((first,), products)):
-        for rows, row in zip(every, product, strict=True):
-            rows[k] = row
-    return every
-
-
-def _is_bare(leaf: Tensor) -> bool:
-    """Is it numbers alone: no graph, no layout and no class of its own?"""
-    return type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.requires_grad
 
 
 def batched_like(seeds: Leaves, leaves: Leaves) -> Leaves:

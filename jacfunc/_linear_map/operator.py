@@ -12,8 +12,9 @@ from jacfunc._errors import Changes, Refused, Stale, check_fallback, is_out_of_m
 from jacfunc._faults import Watch, handled
 from jacfunc._linear_map.agreement import check_agreement, detached, differ_by_rounding
 from jacfunc._linear_map.graph import linearize
-from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, one_by_one
+from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization
 from jacfunc._linear_map.push import pushforward, pushforward_batch
+from jacfunc._linear_map.seeded import one_by_one
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
@@ -106,10 +107,8 @@ class JacobianOperator:
         """K pullbacks at once, ``[K, *out]`` → ``[K, *in]``, onto a slice of the primals."""
         if _is_empty(cotangents):
             return _no_products(self.primals[onto])
-        linearized = self._linearized
-        return self.refusing(
-            "pull cotangents back", lambda: linearized.pull_batch(cotangents, onto, of)
-        )
+        pull = self._linearized.pull_batch
+        return self.refusing("pull cotangents back", lambda: pull(cotangents, onto, of))
 
     def pullback_each(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
         """K pullbacks without vmap, one after the other: ``[K, *out]`` → ``[K, *in]``."""

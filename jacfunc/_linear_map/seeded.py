@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +19,10 @@ from torch import Tensor
 from jacfunc._errors import Refused
 from jacfunc._torch import inside_transform, untracked
 from jacfunc._types import Leaves
+
+FEW_NUMBERS = 2**14
+"""Seeds of more numbers are not copied: that would take as long as it spares. Of no more, products
+may be there twice for a moment."""
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -151,3 +156,28 @@ def _raising_function(reason: str) -> Any:
             return OnceAlone.apply(product, output), in_dims[0]
 
     return OnceAlone
+
+
+def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
+    """Products of K seeds ``[K, *shape]``, swept one after the other without vmap."""
+    count = seeds[0].shape[0]
+    products = map(sweep, zip(*map(Tensor.unbind, seeds), strict=True))
+    first = next(products)
+    if count == 1:
+        left = [*first]
+        del first  # each product is freed as soon as it is copied
+        return tuple([torch.stack([left.pop(0)]) for _ in range(len(left))])
+    are_few = count * sum(map(Tensor.numel, first)) <= FEW_NUMBERS
+    if are_few or inside_transform() or not all(map(_is_bare, first)):
+        return tuple(map(torch.stack, zip(first, *products, strict=True)))
+    # each product is copied at once: all of them, and their copies, would take twice the result
+    every = tuple(leaf.new_empty((count, *leaf.shape)) for leaf in first)
+    for k, product in enumerate(chain((first,), products)):
+        for rows, row in zip(every, product, strict=True):
+            rows[k] = row
+    return every
+
+
+def _is_bare(leaf: Tensor) -> bool:
+    """Is it numbers alone: no graph, no layout and no class of its own?"""
+    return type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.requires_grad

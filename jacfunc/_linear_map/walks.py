@@ -9,12 +9,11 @@ from math import prod
 from operator import attrgetter, methodcaller
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from jacfunc._torch import below_transforms, dtypes_of, nodes_behind
+from jacfunc._torch import below_transforms
 
 _SEQUENCE = methodcaller("_sequence_nr")
 
@@ -183,12 +182,6 @@ def nodes_of_calls(calls: Iterable[tuple[Any, set[Any]]]) -> list[set[Any]]:
                     pending.append(node)
         every.append(nodes)
     return every
-
-
-def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
-    """The dtypes in which the tensors were computed, that of autocast inside of a function, too."""
-    nodes = nodes_behind([tensor.grad_fn for tensor in tensors])
-    return {dtype for node in nodes for dtype in dtypes_of(node)}
 
 
 _OF_SIZES = "size", "stride", "numel", "_saved_N"  # as normalization over groups names samples

@@ -113,7 +113,8 @@ class BatchGraph:
         targets = tuple(x for x in self.anchors if x.requires_grad)
         if not live or not targets:
             return [None] * len(self.anchors)
-        seeds = tuple(cotangents[i] for i in live)
+        # a backward pass of a user's may write into them
+        seeds = tuple(cotangents[i].clone() for i in live)
         self.renew()
         with MathAttention():  # checkpoints run again
             pulled = iter(run_backward(tuple(self.outputs[i] for i in live), targets, seeds, False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class SettledBatch:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
         self.learned, self.misses, self.graph = batch.learned_as_a_whole, 0, 0
         self.names, self.inputs, self.by_layers = names, inputs, by_layers
-        self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
+        self.is_alone, self.is_watched = batch.size == 1, is_watched
+        self.is_batchable, self.splits = True, False
         self.output, self.returned = (output.shape, output.dtype), returned
         self.works = dict[Work, KnownWork]()
         self.tree: Split | None = None  # of the inputs, if they are no lone tensor
@@ -119,8 +120,9 @@ class SettledBatch:
         tensors = beside(jacobian.outputs) if callable(beside) else beside
         result = work(jacobian, tensors)
         known.calls += 1
-        self.is_batchable = getattr(jacobian.linearization, "is_batchable")  # noqa: B009
-        del jacobian  # its graph need not stay while another one is made
+        linear: Any = jacobian.linearization
+        self.is_batchable, self.splits = linear.is_batchable, linear.splits
+        del jacobian, linear  # the graph need not stay while another one is made
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, given, tensors, result)
         return result
@@ -178,32 +180,27 @@ class SettledBatch:
         Raises:
             UnseenWrite: if a parameter that is no copy was written into.
         """
+        if self.names and state.hooks():
+            return None
         try:
-            return self._evaluated(state, given, compared)
+            with recording(), MathAttention():
+                own = self.repeated(state, given)
+                # of one sample nothing can be learned of others
+                out = self.run(state, given, own, NOTHING if self.is_plain else own.recorder)
+                if out is None:
+                    return None
+                # by inputs alone one sweep follows at once, with all as the evaluation has left it
+                recorder = own.recorder
+                is_read = recorder.reads_values or recorder.apart
+                as_evaluated = state.as_evaluated() if self.names or is_read else None
+                jacobian, self.graph = own.jacobian(out, as_evaluated), recorder.graph
+            if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
+                return None
+            is_told = self.is_alone or not is_read or are_alone(self, state, given, out, recorder)
+            return jacobian if is_told else None
         except UnseenWrite:
             self.learned.ruled = None  # later evaluations get copies again
             raise
-
-    def _evaluated(
-        self, state: ModuleState, given: Given, compared: Container[int]
-    ) -> FactoredJacobian | None:
-        if self.names and state.hooks():
-            return None
-        with recording(), MathAttention():
-            own = self.repeated(state, given)
-            # of one sample nothing can be learned of others
-            out = self.run(state, given, own, NOTHING if self.is_plain else own.recorder)
-            if out is None:
-                return None
-            # by inputs alone one sweep follows at once, with all as the evaluation has left it
-            recorder = own.recorder
-            is_read = recorder.reads_values or recorder.apart
-            as_evaluated = state.as_evaluated() if self.names or is_read else None
-            jacobian, self.graph = own.jacobian(out, as_evaluated), recorder.graph
-        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
-            return None
-        is_told = self.is_alone or not is_read or are_alone(self, state, given, out, recorder)
-        return jacobian if is_told else None
 
     @property
     def is_plain(self) -> bool:
@@ -223,7 +220,7 @@ class SettledBatch:
     ) -> RepeatedEvaluation:
         how = self.learned, self.by_layers, self.inputs, sources, reads
         own = RepeatedEvaluation(self.params(state), given.tensors, *how)
-        own.is_batchable = self.is_batchable
+        own.is_batchable, own.splits = self.is_batchable, self.splits
         # of many samples the graph must be that after which batches were compared, if it is swept
         own.recorder.pulls_many = sources is None and (self.is_batchable or not self.is_alone)
         own.recorder.samples = 0 if self.is_alone or self.learned.mixes else self.size

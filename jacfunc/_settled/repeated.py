@@ -61,6 +61,8 @@ class RepeatedEvaluation:
     recorder: OperationRecorder
     is_batchable = True
     """Are many cotangents pulled back at once?"""
+    splits = False
+    """Do nodes of a user's own take them one by one then?"""
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class RepeatedEvaluation:
         linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
         if not linearization.is_batchable:
             return None
-        linearization.is_batchable = self.is_batchable
+        linearization.is_batchable, linearization.splits = self.is_batchable, self.splits
         how = self._size, uses, self._direct, self._params, linearization, derived
         return FactoredJacobian(
             *how,

@@ -14,7 +14,8 @@ from jacfunc._measuring import InTurn
 from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, PLAIN, SettledBatch
-from jacfunc._settled.sweeps import KnownWork, Work
+from jacfunc._settled.sweeps import Work
+from jacfunc._settled.works import KnownWork
 from jacfunc._traces import FEWEST_CALLS, MOST_MISSES
 from jacfunc._trees import flatten
 from jacfunc._types import Tree

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -81,7 +81,10 @@ class Sweep:
             self._like = getattr(result, "like", tuple)
             return result
 
-        self._work = WrittenWork(made, leaves)
+        self._outline, owners = outline(out, own.starts, own.first, sources), sources.owners or ()
+        if owners and (recorder.reads_values or recorder.apart):
+            raise Nameless("code of a user's may look at what another evaluation has left")
+        self._work = WrittenWork(made, leaves, owners)
         self._fingerprints = list(map(fingerprint, leaves))
         recorder.graph = self._graph = graph
         self._signature = recorder.signature
@@ -96,7 +99,7 @@ class Sweep:
         leaves = self._leaves(sources, (out, *beside))
         if list(map(fingerprint, leaves)) != self._fingerprints:
             return False
-        self._outline = outline(out, own.starts, own.first, sources.saved)
+        self._outline = outline(out, own.starts, own.first, sources)
         self._work.hold_for(leaves)
         if self._outline is None or not self.holds_for(evaluated):
             return False
@@ -111,13 +114,16 @@ class Sweep:
         own.recorder.graph = self._graph
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
-        return outline(out, own.starts, own.first, sources.saved) == self._outline
+        return outline(out, own.starts, own.first, sources) == self._outline
 
     def replayed(self, sources: Sources, out: Tensor, beside: Leaves) -> Leaves | None:
         """The result of an evaluation that it holds for; None if tensors are not as they were."""
         if not sources.are_as_saved:
             return None
-        result = self._work.result(self._leaves(sources, (out, *beside)))
+        owners = sources.owners or ()
+        result = self._work.result(self._leaves(sources, (out, *beside)), owners)
+        if owners and not sources.are_as_saved:  # code of users' own may write
+            return None
         return None if result is None else self._like(result)
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
@@ -131,6 +137,7 @@ class Evaluator(SettledModule, Protocol):
 
     is_alone: bool
     is_watched: bool
+    splits: bool
     learned: LearnedUses
     graph: int
     """The number of the graph of the evaluation that was made last without a sweep."""
@@ -177,7 +184,9 @@ def evaluated_with_sources(
     """
     if settled.names and state.hooks():
         return None
-    attends, sources = reads is None or reads.attends, Sources()
+    # by parameters such a node may look at a module as the evaluation has left it
+    owners: list[Any] | None = [] if settled.splits and not settled.names else None
+    attends, sources = reads is None or reads.attends, Sources(owners=owners)
     with recording(), MathAttention() if attends else NOTHING:
         own = settled.repeated(state, given, sources, reads)
         with sources.saving():
@@ -186,6 +195,5 @@ def evaluated_with_sources(
     if out is None:
         return None
     is_read = own.recorder.reads_values or own.recorder.apart
-    is_told = settled.is_alone or not is_read
-    is_told = is_told or are_alone(settled, state, given, out, own.recorder)
+    is_told = settled.is_alone or not is_read or are_alone(settled, state, given, out, own.recorder)
     return (own, sources, out) if is_told else None

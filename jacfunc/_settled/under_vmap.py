@@ -20,7 +20,8 @@ from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import SettledBatch
 from jacfunc._settled.repeated import blocks_of
-from jacfunc._settled.sweeps import Beside, KnownWork, Work
+from jacfunc._settled.sweeps import Beside, Work
+from jacfunc._settled.works import KnownWork
 from jacfunc._torch import inside_derivative, run_as_written, sweep_batch, untracked
 from jacfunc._trees import Given, flatten
 from jacfunc._types import Leaves, Tree

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_function_stack_at, _len_torch_function_stack
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -57,27 +59,29 @@ def run_backward(
     cotangents: Leaves,
     create_graph: bool,
     retain_graph: bool = True,
-    kinds: Iterable[Any] = (),
+    kinds: Collection[Any] = (),
 ) -> tuple[Tensor | None, ...]:
     """The products of ``torch.autograd.grad`` with ``allow_unused``.
 
     Given the ``kinds`` of nodes on the way, it computes in float32 what is slow in half precision.
-    A backward pass of a user's may record, as a checkpoint does, which inference mode forbids.
+    A backward pass of a user's may record, as a checkpoint does, which inference mode forbids; and
+    it may write into its cotangent, which others share.
     """
+    if any(map(issubclass, kinds, repeat(BackwardCFunction))):
+        cotangents = tuple(map(Tensor.clone, cotangents))
     is_slow = not create_graph and _is_slow(outputs, inputs, kinds)
+    sweep: Callable[[], tuple[Tensor | None, ...]] = partial(
+        _engine_run_backward,
+        *(outputs, cotangents, retain_graph, create_graph, inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
     is_inference = torch.is_inference_mode_enabled()
+    if not (is_slow or is_inference):  # as most are
+        return sweep()
     outside = torch.inference_mode(False) if is_inference else NOTHING
     with outside, _InFloat32() if is_slow else NOTHING:
-        products: tuple[Tensor | None, ...] = _engine_run_backward(
-            outputs,
-            cotangents,
-            retain_graph,
-            create_graph,
-            inputs,
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )
-    return products
+        return sweep()
 
 
 _ATEN: Any = torch.ops.aten

@@ -10,4 +10,5 @@ from jacfunc._traces.executable import (
     WrittenWork,
 )
 from jacfunc._traces.saved import MOST_BYTES, Sources, fingerprint, outline
+from jacfunc._traces.steps import can_take_rows, own_nodes, taking_rows
 from jacfunc._traces.traced import traced

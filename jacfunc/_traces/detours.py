@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from operator import getitem
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ _MOVES = VIEWS | {
 
 _REDUCTIONS = {_ATEN.linalg_vector_norm.default: 2, _ATEN.sum.dim_IntList: 1}
 """Operators that reduce a tensor over dimensions, which are the argument of this number."""
+
+Place: TypeAlias = tuple[Any, ...]
 
 _JOINS = frozenset({_ATEN.stack.default, _ATEN.cat.default})
 
@@ -201,3 +203,21 @@ def _joined(graph: GraphModule, node: Node) -> Node:
         stacked = graph.graph.call_function(_ATEN.unsqueeze.default, (tensor, dim))
     stacked.meta = dict(node.meta)
     return stacked
+
+
+def place_of(tensor: Tensor) -> Place:
+    """What tells a tensor from all others that live: its memory, and how it is read."""
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
+
+
+def without_ones(tensor: Tensor) -> list[tuple[int, int]]:
+    """Lengths and strides of the dimensions of more than one entry."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [pair for pair in pairs if pair[0] != 1]
+
+
+def in_memory(tensor: Tensor) -> list[int] | None:
+    """The dimensions in the order in which entries lie in memory; None if these have gaps."""
+    dims = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+    return dims if tensor.permute(dims).is_contiguous() else None

@@ -94,7 +94,8 @@ class Executable:
         with self._lock:
             if self._run is None:
                 start = time.perf_counter()
-                detached = tuple([x.detach() for x in (*inputs, *self._constants)])
+                taken = *inputs, *self._constants
+                detached = tuple([x.detach() if isinstance(x, Tensor) else x for x in taken])
                 with torch.no_grad():
                     self._run = self._compiler(self.graph, detached, self._num_args)
                 self.compile_seconds = time.perf_counter() - start
@@ -107,15 +108,18 @@ class WrittenWork:
     Args:
         work: is done once, to be written down.
         sources: all tensors that it gets from outside.
+        owners: of its steps with code of a user's.
 
     Raises:
         Nameless: if it can't be written down.
     """
 
-    def __init__(self, work: Callable[[], Leaves], sources: Leaves) -> None:
-        graph = written_down(work, sources)
+    def __init__(
+        self, work: Callable[[], Leaves], sources: Leaves, owners: Sequence[Any] = ()
+    ) -> None:
+        graph = written_down(work, sources, owners)
         detached = tuple([source.detach() for source in sources])
-        self._executable = Executable(graph, detached, 0, Compiler("replay"))
+        self._executable = Executable(graph, (*detached, *owners), 0, Compiler("replay"))
         # the tape knows tensors by where they lie in memory, so two at one place count as one
         self._aliases = _repeated([*map(Tensor.data_ptr, sources)])
         self.hold_for(sources)
@@ -128,7 +132,7 @@ class WrittenWork:
         self._are_alike = Graphs.guard_of_tensors(tuple([sources[n] for n in self._once]))
         self._are_settings = Graphs.guard_of_settings()
 
-    def result(self, sources: Leaves) -> Leaves | None:
+    def result(self, sources: Leaves, owners: Sequence[Any] = ()) -> Leaves | None:
         """What the work makes of these sources; None if it does not hold for them."""
         if len(sources) != self._count:
             return None
@@ -142,7 +146,7 @@ class WrittenWork:
         for number, first in self._aliases.items():
             if places[number] != places[first]:
                 return None
-        return tuple(self._executable(sources))
+        return tuple(self._executable((*sources, *owners)))
 
     def gives(self, sources: Leaves, expected: Leaves) -> bool:
         """Does it make of these sources what is expected, but for rounding?"""

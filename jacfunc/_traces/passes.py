@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from jacfunc._torch import Graphs, memories_of, memory_of
 from jacfunc._traces.detours import VIEWS, by_selections, kind_of, laid_out, without_detours
-from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
 MOST_FOLDED_BYTES = 2**26
@@ -28,7 +27,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     is_pure = not any(map(Graphs.writes, graph.graph.nodes))
     if is_pure:
         _without_zero_tangents(graph)
-    fill_by_sizes(graph)
+    _fill_by_sizes(graph)
     by_selections(graph)
     constants = _folded(graph)
     without_detours(graph, is_pure)
@@ -45,6 +44,32 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
             graph.graph.erase_node(node)
     # without tensors that no operation takes any more: a compiler would make inputs of them, too
     return GraphModule(graph, graph.graph), tuple(constants[node] for node in kept)
+
+
+_FILLED = {
+    **dict.fromkeys((_ATEN.zeros_like.default, _ATEN.new_zeros.default), 0),
+    **dict.fromkeys((_ATEN.ones_like.default, _ATEN.new_ones.default), 1),
+    _ATEN.full_like.default: None,  # its second argument says with what
+}
+"""Operators that read the sizes of a tensor and no number of it, and what they fill with."""
+
+
+def _fill_by_sizes(graph: GraphModule) -> None:
+    """Make them depend on no input, as they depend on no number of one: they are computed once."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.target not in _FILLED or not (
+            isinstance(value, Tensor) and value.is_contiguous() and not value.is_meta
+        ):
+            continue
+        number = node.args[1] if _FILLED[node.target] is None else _FILLED[node.target]
+        if not isinstance(number, Node):
+            with graph.graph.inserting_before(node):
+                kind: Any = {"dtype": value.dtype, "device": value.device}
+                size = [*value.shape], number
+                filled = graph.graph.call_function(_ATEN.full.default, size, kind)
+            filled.meta = dict(node.meta)
+            node.replace_all_uses_with(filled)
 
 
 _PRODUCTS = frozenset({_ATEN.mm.default, _ATEN.mv.default, _ATEN.bmm.default, _ATEN.mul.Tensor})
@@ -186,7 +211,7 @@ def _with_own_outputs(graph: GraphModule, inputs: Leaves) -> None:
     """Copy outputs that share memory with an input, which the caller may write into."""
     with torch.no_grad():
         outputs = graph.forward(*inputs)  # a call of the module would run hooks of all modules
-    places = set(memories_of(inputs))
+    places = set(memories_of([x for x in inputs if isinstance(x, Tensor)]))
     (last,) = [node for node in graph.graph.nodes if node.op == "output"]
     nodes = list(last.args[0])
     for number, (node, value) in enumerate(zip(nodes, outputs, strict=True)):

@@ -16,9 +16,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
-from jacfunc._torch import Graphs
+from jacfunc._torch import Graphs, untracked
 
 _VERSION = attrgetter("_version")
 _KIND_OF_RESULT = attrgetter("shape", "dtype", "device")
@@ -37,6 +38,8 @@ class Sources:
         kinds: shapes and dtypes of what operations got, of constants, too.
         arguments: what some of them got, by their numbers.
         moments: how many nodes were made until each was saved, if nobody numbers operations.
+        owners: the nodes of users' own behind what was returned, in the order of a walk; None if
+            there may be none.
     """
 
     saved: list[Tensor] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Sources:
     kinds: list[Any] = field(default_factory=list)
     arguments: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     moments: list[int] | None = None
+    owners: list[Any] | None = None
 
     @property
     def are_as_saved(self) -> bool:
@@ -68,8 +72,11 @@ class Sources:
                 raise RuntimeError("what a module returned inside a call is gone after the call")
             return sources.saved[number]
 
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, kept)
-        return hooks
+        def keep_unseen(tensor: Tensor) -> int:
+            with untracked():  # modes see operations while functions of users' own save tensors
+                return keep(tensor)
+
+        return saved_tensors_hooks(keep if self.owners is None else keep_unseen, kept)
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
@@ -96,11 +103,7 @@ _FACTORS = "_saved_other", "_saved_self"
 
 
 def outline(
-    tensor: Tensor,
-    starts: Mapping[Any, int],
-    first: int,
-    told: Sequence[Tensor],
-    moments: Sequence[int] | None = None,
+    tensor: Tensor, starts: Mapping[Any, int], first: int, sources: Sources
 ) -> tuple[Any, ...] | None:
     """The nodes behind a tensor: kinds, which leads where, when made, and numbers they have saved.
 
@@ -112,17 +115,24 @@ def outline(
     Args:
         starts: nodes at which the walk ends, or identities of leaves, with their numbers.
         first: when the evaluation began: nodes are told apart by how many were made since.
-        told: the tensors that hooks were told of, as they are of all but numbers.
-        moments: how many nodes were made until each of these was saved, if nobody knows which
-            operations were called. Then kinds of what they returned count, too.
+        sources: of the evaluation; its tensors are all that nodes have saved but numbers. With
+            moments, kinds of what operations returned count, too. Nodes of users' own are put
+            there, if there may be any.
     """
+    told, moments, owners = sources.saved, sources.moments, sources.owners
     numbers: dict[Any, int] = {None: -1, **starts}
     nodes: list[Any] = [tensor.grad_fn]
     kinds: list[Any] = [tensor.output_nr]
     readers, last = _readers(), -1
+    if owners:
+        owners.clear()
     for node in nodes:  # which grows
         kind = type(node)
         reader = readers[kind] if kind in readers else _learned(node)
+        if reader is None and owners is not None and issubclass(kind, BackwardCFunction):
+            owners += (node,)
+            kinds += map(_KIND_OF_RESULT, node._input_metadata)
+            reader = _NOTHING
         if reader is None:
             return None
         kinds += (kind,)

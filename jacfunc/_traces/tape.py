@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from operator import getitem
 from types import FrameType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -17,6 +17,8 @@ from torch.fx.node import map_aggregate
 from jacfunc._errors import Nameless
 from jacfunc._memory import DispatchMode, Unallocated
 from jacfunc._torch import Graphs
+from jacfunc._traces.detours import Place, in_memory, place_of, without_ones
+from jacfunc._traces.steps import NOTEBOOK, Made, Step, kinds_of
 from jacfunc._traces.traced import depends_on_numbers
 from jacfunc._types import Leaves
 
@@ -29,10 +31,10 @@ _TENSORS = Tensor, type(None)
 _BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default})
 """Operators that read memory beside that of the tensor that they are given."""
 
-Place: TypeAlias = tuple[Any, ...]
 
-
-def written_down(work: Callable[[], Leaves], sources: Leaves) -> GraphModule:
+def written_down(
+    work: Callable[[], Leaves], sources: Leaves, owners: Sequence[Any] = ()
+) -> GraphModule:
     """The operations of ``work``, which is done once, as a graph of the ``sources``.
 
     The graph holds wherever the sources are of the same kind and lie in memory in the same way, as
@@ -41,14 +43,21 @@ def written_down(work: Callable[[], Leaves], sources: Leaves) -> GraphModule:
 
     Args:
         sources: all tensors that the work gets from outside.
+        owners: of steps with code of a user's, which the graph takes after the sources.
 
     Raises:
         Nameless: if code that is neither jacfunc's nor torch's runs in the work, or if it gets
             other tensors, reads numbers, or draws some.
     """
-    tape = _Tape(sources, f"{work.__module__}.")
-    with tape:
-        results = work()
+    tape = _Tape(sources, owners, f"{work.__module__}.")
+    if owners and (torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu")):
+        raise Nameless("code of a user's would run in another mode")
+    around = NOTEBOOK.set(tape)
+    try:
+        with tape:
+            results = work()
+    finally:
+        NOTEBOOK.reset(around)
     if tape.failure is not None:  # the work may have caught it, and gone another way
         raise Nameless(tape.failure)
     tape.graph.output(tuple(map(tape.node_of, results)))
@@ -73,7 +82,7 @@ class _Memory(NamedTuple):
 class _Tape(DispatchMode):
     """Writes operators down as nodes, and knows tensors by where they lie in memory."""
 
-    def __init__(self, sources: Leaves, own_module: str) -> None:
+    def __init__(self, sources: Leaves, owners: Sequence[Any], own_module: str) -> None:
         super().__init__()
         self._trusted = own_module, *_OURS
         self.graph = Graph()
@@ -86,6 +95,26 @@ class _Tape(DispatchMode):
             node = self.graph.placeholder(f"source_{number}")
             self._sources.append((source, node))
             self._note(node, source)
+        self._owners = [(x, self.graph.placeholder(f"owner_{n}")) for n, x in enumerate(owners)]
+        self._is_paused = False
+
+    def with_step(self, step: Step, owner: Any, how: tuple[bool, ...], given: Leaves) -> Made:
+        """What a step makes, which is written down as one operation."""
+        known = [node for other, node in self._owners if other is owner]
+        if not known or not all(x.is_cpu for x in given):
+            self.failure = "code of a user's runs in it"
+            raise Nameless(self.failure)
+        taken = map(self.node_of, given)
+        self._is_paused = True
+        try:
+            made = step(owner, how, None, *given)
+        finally:
+            self._is_paused = False
+        node = self.graph.call_function(step, (*known, how, kinds_of(made), *taken))
+        for number, tensor in enumerate(made):
+            if tensor is not None:
+                self._note(self.graph.call_function(getitem, (node, number)), tensor)
+        return made
 
     def node_of(self, value: Any) -> Any:
         """The node that stands for a tensor; anything else as it is.
@@ -98,23 +127,23 @@ class _Tape(DispatchMode):
         if not value.numel():  # where it comes from makes no difference
             kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
             return self.graph.call_function(_ATEN.empty.memory_format, ([*value.shape],), kind)
-        node = self._memory_of(value).nodes.get(_place_of(value)) or self._reshaped(value)
+        node = self._memory_of(value).nodes.get(place_of(value)) or self._reshaped(value)
         if node is None:
             raise Nameless(f"a tensor of shape {tuple(value.shape)} comes from elsewhere")
         return node
 
     def _reshaped(self, value: Tensor) -> Node | None:
         """The entries of a source in the shape of a view that was made of it before the work."""
-        (address, *_, kind), count = _place_of(value), value.numel()
-        dims = _in_memory(value)
+        (address, *_, kind), count = place_of(value), value.numel()
+        dims = in_memory(value)
         for source, node in self._sources:
-            there, *_, its_kind = _place_of(source)
+            there, *_, its_kind = place_of(source)
             if (there, its_kind, source.numel()) != (address, kind, count):
                 continue
             steps: tuple[tuple[Any, Sequence[int]], ...] = ()
-            if _without_ones(source) == _without_ones(value):  # there may be gaps
+            if without_ones(source) == without_ones(value):  # there may be gaps
                 steps = ((_ATEN.view.default, [*value.shape]),)
-            elif dims is not None and (its_dims := _in_memory(source)) is not None:
+            elif dims is not None and (its_dims := in_memory(source)) is not None:
                 steps = (
                     (_ATEN.permute.default, its_dims),
                     (_ATEN.view.default, [value.shape[dim] for dim in dims]),
@@ -133,6 +162,8 @@ class _Tape(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._is_paused:
+            return func(*args, **kwargs or {})
         try:
             return self._called(func, args, kwargs or {})
         except Nameless as error:
@@ -178,7 +209,7 @@ class _Tape(DispatchMode):
     def _note(self, node: Node, tensor: Tensor) -> None:
         node.meta["val"] = Unallocated(tensor)
         memory = self._memory_of(tensor)
-        memory.nodes[_place_of(tensor)] = node
+        memory.nodes[place_of(tensor)] = node
         memory.every.append(node)
 
     def _memory_of(self, tensor: Tensor) -> _Memory:
@@ -216,21 +247,3 @@ class _Tape(DispatchMode):
             readers = [user for sharing in written or () for user in sharing.users]
             if all(numbers[reader] <= numbers[node] for reader in readers):
                 self.graph.erase_node(node)
-
-
-def _place_of(tensor: Tensor) -> Place:
-    """What tells a tensor from all others that live: its memory, and how it is read."""
-    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
-
-
-def _without_ones(tensor: Tensor) -> list[tuple[int, int]]:
-    """Lengths and strides of the dimensions of more than one entry."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [pair for pair in pairs if pair[0] != 1]
-
-
-def _in_memory(tensor: Tensor) -> list[int] | None:
-    """The dimensions in the order in which entries lie in memory; None if these have gaps."""
-    dims = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
-    return dims if tensor.permute(dims).is_contiguous() else None

@@ -101,8 +101,7 @@ class Saved(NamedTuple, Generic[PointT]):
             at = evaluate(x)
         if type(at.out) is not Tensor or RemovableHandle.next_id != hooks:
             return cls(at, sources, None)
-        told, moments = sources.saved, sources.moments
-        return cls(at, sources, outline(at.out, at.starts, first, told, moments))
+        return cls(at, sources, outline(at.out, at.starts, first, sources))
 
     @property
     def leaves(self) -> Leaves:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._torch import Graphs
-from jacfunc._traces import outline
+from jacfunc._traces import Sources, outline
 
 
 def outline_of(func: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Any, ...] | None:
@@ -18,7 +18,7 @@ def outline_of(func: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Any, .
     copy = torch.ones(2, requires_grad=True).clone()
     first, second = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     starts, before = {copy.grad_fn: 0, id(first): 1, id(second): 2}, Graphs.num_nodes()
-    return outline(func(copy, first, second), starts, before, ())
+    return outline(func(copy, first, second), starts, before, Sources())
 
 
 def of_another(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
