@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from gc import get_referents
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -15,12 +15,16 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from jacfunc._arguments import are_plain
+from jacfunc._calls import home_of, is_installed
 from jacfunc._errors import Nameless
 from jacfunc._lending import ModuleState, are_same
+from jacfunc._surroundings.things import parts_of
 from jacfunc._torch import Graphs
 
 _LAYERS = "torch.nn.modules."
 _VALUES = frozenset({bool, int, float, str, type(None)})
+_AUTHORS = frozenset({"torch", "pybind11_builtins", *sys.stdlib_module_names}) - {"unittest"}
+"""Torch, and Python but for its mocks: what these have written reads nothing of a user's."""
 
 
 class LayerCode:
@@ -53,6 +57,8 @@ class LayerCode:
         self._hooks = [x for name, x in own if name.startswith("_global_") and type(x) is not bool]
         self._spaces = [*_spaces_of(kinds)]
         self._names = [*map(_looked_up_in, self._spaces)]
+        if others := [*_by_others(x for names in self._names for x in names.values())]:
+            raise Nameless(f"{others[0]!r} stands in the place of code of torch's")
         self._versions, self._is_same = [*map(Graphs.version_of, self._spaces)], True
 
     def is_as_then(self) -> bool:
@@ -78,13 +84,44 @@ def _is_plain(value: Any) -> bool:
     return _VALUES.issuperset(map(type, rows))
 
 
-def _spaces_of(kinds: Iterable[type]) -> Iterator[dict[str, Any]]:
-    """The dicts in which layers look up what they call: of classes, and of their modules."""
+def _spaces_of(kinds: Iterable[type]) -> Iterable[dict[str, Any]]:
+    """The dicts in which layers, and what they call there, look up what they call."""
     classes = dict.fromkeys(each for kind in (Tensor, *kinds) for each in kind.__mro__[:-1])
-    for name in dict.fromkeys([*(x.__module__ for x in classes), torch.__name__, F.__name__]):
-        yield vars(sys.modules[name])
+    names = dict.fromkeys([*(x.__module__ for x in classes), torch.__name__, F.__name__])
+    spaces = [vars(sys.modules[name]) for name in names]
     for each in classes:  # which show their dicts to the garbage collector alone
-        yield from (table for table in get_referents(vars(each)) if type(table) is dict)
+        spaces += [table for table in get_referents(vars(each)) if type(table) is dict]
+    for thing in [x for space in spaces for x in _looked_up_in(space).values()]:
+        if isinstance(thing, FunctionType) and home_of(thing).startswith("torch."):
+            spaces.append(thing.__globals__)
+        elif isinstance(thing, ModuleType) and _has_kernels(thing):
+            spaces.append(vars(thing))
+    return {id(space): space for space in spaces}.values()
+
+
+def _has_kernels(module: ModuleType) -> bool:
+    """Is it a part of torch that is written in no file of Python's?"""
+    return module.__name__.startswith("torch.") and "__file__" not in vars(module)
+
+
+def _by_others(things: Iterable[Any]) -> Iterator[Any]:
+    """Those of these things that others than torch have written, and what they call of others."""
+    pending, seen = [*things], set[int]()
+    while pending:
+        if id(thing := pending.pop()) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, ModuleType):
+            is_own = is_installed(thing.__name__)
+        else:
+            home = home_of(thing if isinstance(thing, FunctionType | type) else type(thing))
+            is_own = home.partition(".")[0] in _AUTHORS
+        if not is_own:
+            yield thing
+        elif isinstance(thing, FunctionType):
+            pending += [x for cell in thing.__closure__ or () for x in get_referents(cell)]
+        elif not isinstance(thing, type):
+            pending += [getattr(thing, name, None) for name in parts_of(thing) or ()]
 
 
 def _looked_up_in(space: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def is_traced() -> bool:
 
 def is_undisturbed() -> bool:
     """Does nobody look at what torch does, so that what was compiled may stand in?"""
-    return not _len_torch_function_stack() and is_recorded_plainly()
+    is_watched = _len_torch_function_stack() or torch.is_anomaly_enabled()
+    return not is_watched and is_recorded_plainly()
 
 
 def is_recorded_plainly() -> bool:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import jacfunc
 from tests.house.calls import num_calls
-from tests.modules.test_settled_layers import assert_same, loop, normal
+from tests.modules.test_settled_layers import Layers, assert_same, loop, normal
 from tests.settled.test_sweeps import CLOSE, SIZES, after_many, by_inputs, by_params
 
 
@@ -226,6 +226,59 @@ def test_what_layers_do_is_never_out_of_date(name: str, size: int) -> None:
                 torch.testing.assert_close(jac(x), expected, **CLOSE)
         for _ in range(5):
             torch.testing.assert_close(jac(x), before, **CLOSE)
+
+
+def curved() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 4), nn.SiLU(), nn.Linear(4, 3)).double()
+
+
+@SIZES
+def test_kernels_are_looked_up_in_each_call(size: int) -> None:
+    module, draw = curved(), lambda: (DRAW(size),)
+    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), draw)
+    x, kernels = DRAW(size), vars(torch._C)["_nn"]
+    assert num_modules(lambda: jac(x)) == 0
+    with instead(kernels, "silu", lambda x, *others: x**2):
+        expected = by_inputs(module, x)
+        for _ in range(3):
+            torch.testing.assert_close(jac(x), expected, **CLOSE)
+
+
+FACTOR = [1]
+"""What code of a user's reads, of which nobody is told."""
+FIND: Any = nn.Module.__getattr__
+
+
+def scaled(module: nn.Module, name: str) -> Any:
+    """What a layer finds under a name, where biases may be found scaled."""
+    is_scaled = name == "bias" and FACTOR[0] != 1
+    return FACTOR[0] * FIND(module, name) if is_scaled else FIND(module, name)
+
+
+@SIZES
+@pytest.mark.parametrize("decorate", [lambda func: func, torch.enable_grad()])
+def test_what_stands_in_the_place_of_torchs_code_runs_in_each_call(
+    decorate: Any, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "__getattr__", decorate(scaled))
+    module, draw = curved(), lambda: (DRAW(size),)
+    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), draw)
+    x = DRAW(size)
+    for factor in (3, 5):
+        monkeypatch.setattr(f"{__name__}.FACTOR", [factor])
+        for _ in range(2):
+            torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+
+
+@pytest.mark.parametrize("make", [nn.Sequential, Layers])
+def test_torchs_search_for_nan_finds_those_of_each_call(make: type[nn.Sequential]) -> None:
+    module = make(nn.Linear(3, 2), nn.Softplus()).double()
+    x = torch.ones(1, 3, dtype=torch.float64)
+    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), lambda: (x,))
+    with torch.autograd.set_detect_anomaly(True):
+        torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+        with pytest.raises(RuntimeError, match="returned nan"):
+            jac(x * torch.nan)
 
 
 def test_values_in_lists_of_layers_are_compared() -> None:
