@@ -39,13 +39,13 @@ class InTurn(Generic[WayT]):
     def timed(self, run: Callable[[], ResultT | None], *args: Tensor) -> ResultT | None:
         """What a call with these tensors makes by its way; None is no result, and no turn."""
         made: list[ResultT | None] = []
+        number, seconds = self._turns % len(self._ways), self._seconds  # others may call meanwhile
         took = self._clock(lambda: made.append(run()), args[0].device)
         if made[0] is not None:
-            number, seconds = self._turns % len(self._ways), self._seconds
             seconds[number] = min(seconds[number], took)
             self._turns += 1
-            self.is_over = self._turns == ROUNDS * len(self._ways)
-            following = seconds.index(min(seconds)) if self.is_over else number + 1
+            self.is_over = self._turns >= ROUNDS * len(self._ways)
+            following = seconds.index(min(seconds)) if self.is_over else self._turns
             self.way = self._ways[following % len(self._ways)]
         if self.is_over:
             self._ways = (self.way,)  # the others need not be kept

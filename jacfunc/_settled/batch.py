@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ PLAIN, ALONE = (False, False), (False, False, 1)
 """Around pullbacks of many samples and of one, which are not differentiated further."""
 
 ResultT = TypeVar("ResultT")
+Make: TypeAlias = Callable[[], ResultT | None]
 
 
 class SettledBatch:
@@ -68,7 +69,7 @@ class SettledBatch:
         self.output, self.returned = (output.shape, output.dtype), returned
         self.works = dict[Work, KnownWork]()
         self.tree: Split | None = None  # of the inputs, if they are no lone tensor
-        self.has_second, self.is_second = False, False
+        self.has_second = self.is_second = False
         """Is there a second choice, which is not tried yet? Is this one?"""
         self.turns: InTurn[SettledBatch] | None = None  # this and the first choice, once both are
 
@@ -133,7 +134,7 @@ class SettledBatch:
         return known is not None and known.calls >= FEWEST_CALLS
 
     def _lent(
-        self, state: ModuleState, given: Given, make: Callable[[], ResultT | None], api: str = ""
+        self, state: ModuleState, given: Given, make: Make[ResultT], api: str = ""
     ) -> ResultT | None:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((*given.tensors, *state.params.values()))
@@ -145,9 +146,7 @@ class SettledBatch:
             random_state.repeat()
             raise
 
-    def tried(
-        self, make: Callable[[], ResultT | None], random_state: RandomState
-    ) -> ResultT | None:
+    def tried(self, make: Make[ResultT], random_state: RandomState) -> ResultT | None:
         """What is made; None if the call must be taken anew, as that fails or draws numbers.
 
         The random state is that before the evaluation.
@@ -171,8 +170,7 @@ class SettledBatch:
     ) -> FactoredJacobian | None:
         """The batch, evaluated once; None if it shows something new.
 
-        Gradients are off, and the module is lent for the call. Whoever lends it sees to it that
-        nothing was drawn.
+        Gradients are off, and the module is lent by a caller who looks whether numbers were drawn.
 
         Args:
             compared: signatures of evaluations after which batches were compared.

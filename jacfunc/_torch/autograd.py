@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from jacfunc._torch.levels import NOTHING
+from jacfunc._torch.levels import NOTHING, is_batched
 from jacfunc._types import Leaves
 
 
@@ -65,9 +65,9 @@ def run_backward(
 
     Given the ``kinds`` of nodes on the way, it computes in float32 what is slow in half precision.
     A backward pass of a user's may record, as a checkpoint does, which inference mode forbids; and
-    it may write into its cotangent, which others share.
+    it may write into its cotangent, which others share, and later into what it has returned.
     """
-    if any(map(issubclass, kinds, repeat(BackwardCFunction))):
+    if is_own := any(map(issubclass, kinds, repeat(BackwardCFunction))):
         cotangents = tuple(map(Tensor.clone, cotangents))
     is_slow = not create_graph and _is_slow(outputs, inputs, kinds)
     sweep: Callable[[], tuple[Tensor | None, ...]] = partial(
@@ -76,12 +76,19 @@ def run_backward(
         allow_unreachable=True,
         accumulate_grad=False,
     )
+    if is_own:
+        sweep = partial(_in_own_memory, sweep)
     is_inference = torch.is_inference_mode_enabled()
     if not (is_slow or is_inference):  # as most are
         return sweep()
     outside = torch.inference_mode(False) if is_inference else NOTHING
     with outside, _InFloat32() if is_slow else NOTHING:
         return sweep()
+
+
+def _in_own_memory(sweep: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """Products that nobody else may write into; those of many seeds at once are new already."""
+    return tuple([x if x is None or is_batched(x) else x.clone() for x in sweep()])
 
 
 _ATEN: Any = torch.ops.aten

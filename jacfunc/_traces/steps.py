@@ -120,11 +120,16 @@ def rows_of_node(
     rows = iter([x.clone(memory_format=torch.contiguous_format).unbind() for x in given])
     every_row = [next(rows) if is_there else repeat(None) for is_there in are_there]
     each: Iterable[Any] = zip(*every_row, strict=False)
-    if first is not None:
-        each = (first() or row for row in each)
-    results: Any = run_as_written(list, starmap(partial(type(node).apply, node), each))
-    columns: Any = zip(*results, strict=True) if isinstance(results[0], tuple) else (results,)
-    made = [None if all(x is None for x in column) else torch.stack(column) for column in columns]
+
+    def row_of(*cotangents: Tensor | None) -> Made:
+        if first is not None:
+            first()
+        made = type(node).apply(node, *cotangents)
+        # it may return one tensor each time, and write into that
+        return [x if x is None else x.clone() for x in (made if type(made) is tuple else (made,))]
+
+    every: Any = zip(*run_as_written(list, starmap(row_of, each)), strict=True)
+    made = [None if all(x is None for x in column) else torch.stack(column) for column in every]
     if kinds is not None and kinds_of(made) != kinds:
         raise TypeError(f"a backward pass has returned {kinds}, and returns {kinds_of(made)} now")
     return made

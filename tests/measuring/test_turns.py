@@ -44,5 +44,17 @@ def test_a_call_without_a_result_is_no_turn() -> None:
     assert (ways.way, ways.is_over) == ("b", True)
 
 
+def test_calls_of_other_threads_may_end_it_meanwhile() -> None:
+    ways = InTurn(["a", "b"], clock([1.0, 2.0] * ROUNDS + [0.5]))
+    assert taken(ways, 2) == ["a", "b"]
+
+    def run() -> str:
+        taken(ways, 2 * ROUNDS - 2)
+        return "a"
+
+    ways.timed(run, X)
+    assert (ways.way, ways.is_over) == ("a", True)
+
+
 def test_one_way_is_not_timed() -> None:
     assert InTurn(["a"]).is_over
