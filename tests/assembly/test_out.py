@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._assembly import Grid, Sink
-from jacfunc._factored import FactoredJacobian, Part
+from jacfunc._factored import FactoredJacobian
 from jacfunc._memory.counting import PeakBytes
 from jacfunc._samples.writing import SampleWriter
+from jacfunc._types import Leaves
 from tests.truth.factors import factors_of
 
 STRATEGIES = ("auto", "reverse", "forward", "looped", "structured")
@@ -134,9 +135,9 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     sweeps = []
 
     class Counted(FactoredJacobian):
-        def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
-            sweeps.append(stop - start)
-            return super().parts_of_rows(start, stop, of)
+        def write_rows(self, cotangents: Leaves, *args: Any) -> None:
+            sweeps.append(len(cotangents[0]))
+            super().write_rows(cotangents, *args)
 
     with factors_of(model, x) as jacobian:
         given = [own.name for own in fields(jacobian) if own.init]
