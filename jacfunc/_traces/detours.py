@@ -26,6 +26,15 @@ _MOVES = VIEWS | {
 _REDUCTIONS = {_ATEN.linalg_vector_norm.default: 2, _ATEN.sum.dim_IntList: 1}
 """Operators that reduce a tensor over dimensions, which are the argument of this number."""
 
+_NEEDS_MEMORY = frozenset(
+    getattr(_ATEN, name).default
+    for name in (
+        *("as_strided", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"),
+        *("batch_norm", "_batch_norm_impl_index", "batch_norm_update_stats", "instance_norm"),
+    )
+)
+"""Operators that read by an address, or write into an argument although they do not say so."""
+
 Place: TypeAlias = tuple[Any, ...]
 
 _JOINS = frozenset({_ATEN.stack.default, _ATEN.cat.default})
@@ -182,10 +191,14 @@ def _is_needless_copy(node: Node) -> bool:
 
 
 def _is_needless_clone(graph: GraphModule, node: Node) -> bool:
-    """Is it a copy of an input, laid out in the same way, of which nothing reads by an address?"""
+    """Is it a copy of an input, laid out in the same way, of which nothing needs memory of its own?
+
+    What reads by an address does, and a normalization of a batch, which may write into statistics
+    although it does not say so.
+    """
     (tensor, *_), kind = cast("Any", node.args), kind_of(node)
     is_alike = tensor.op == "placeholder" and kind is not None and kind == kind_of(tensor)
-    return is_alike and not any(x.target is _ATEN.as_strided.default for x in graph.graph.nodes)
+    return is_alike and _NEEDS_MEMORY.isdisjoint(x.target for x in graph.graph.nodes)
 
 
 def _may_be_returned(node: Node) -> bool:

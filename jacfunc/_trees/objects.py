@@ -133,20 +133,21 @@ def put_together(kind: Any, keys: Sequence[Any], values: Iterable[Any]) -> Any:
     return new
 
 
-def referred(thing: Any) -> Iterable[Any]:
+def referred(thing: Any) -> Iterator[Any]:
     """What a thing refers to: items, attributes, what a function closes over or is bound to."""
     if isinstance(thing, FunctionType):
-        return _referred_by_function(thing)
-    if isinstance(thing, MethodType):
-        return thing.__self__, thing.__func__
-    if isinstance(thing, partial):
-        return thing.func, *thing.args, *thing.keywords.values()
-    if isinstance(thing, dict):
-        return thing.values()
-    if isinstance(thing, list | tuple | set | frozenset | deque):
-        return thing
-    own = None if isinstance(thing, type | ModuleType) else attributes_of(thing)
-    return own.values() if type(own) is dict else ()
+        yield from _referred_by_function(thing)
+    elif isinstance(thing, MethodType):
+        yield from (thing.__self__, thing.__func__)
+    elif isinstance(thing, partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, dict):
+        yield from thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
+        yield from thing
+    elif not isinstance(thing, type | ModuleType):
+        own = attributes_of(thing)
+        yield from own.values() if type(own) is dict else ()
 
 
 def attributes_of(thing: object) -> Any:
