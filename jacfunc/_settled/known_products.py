@@ -131,11 +131,7 @@ class KnownProducts:
             return None
         if state.casting is not None and not state.casting.is_now():
             return None
-        try:
-            return whole.result(state, given, beside)
-        except Exception as error:  # it is told of where the module is called
-            note("a point is evaluated, as a product fails without: %s", error)
-            return None
+        return whole.result(state, given, beside)
 
     def at(self, at_batch: AtBatch, sweeps: Sequence[Sweep]) -> WrittenPoint | None:
         """A point, evaluated while the module is lent for it; None where sweeps do not hold."""

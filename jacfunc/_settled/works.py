@@ -59,12 +59,16 @@ class Whole:
         self._work = WrittenWork(made, _sources(state, given, beside))
 
     def result(self, state: ModuleState, given: Given, beside: Leaves) -> Leaves | None:
-        """The result of other numbers; None where it does not hold."""
+        """The result of other numbers; None where it does not hold, or fails."""
         # a list may have had other entries when a copy was made
         if not self._code.is_as_then() or (state.is_copy and not state.is_plain):
             return None
-        with recording(False):
-            result = self._work.result(_sources(state, given, beside))
+        try:
+            with recording(False):
+                result = self._work.result(_sources(state, given, beside))
+        except Exception as error:  # it is told of where the module is called
+            note("a module is called again for a result that is written down: %s", error)
+            return None
         return None if result is None else self._like(result)
 
 
@@ -106,11 +110,7 @@ class KnownWork:
             return None
         if not (settled.is_alone or knows_signature(learned, whole.signature, compared)):
             return None
-        try:
-            return whole.result(state, given, beside)
-        except Exception as error:  # it is told of where the module is called
-            note("a settled kind of call is evaluated again: %s", error)
-            return None
+        return whole.result(state, given, beside)
 
     def swept(
         self,
