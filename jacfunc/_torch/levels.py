@@ -96,8 +96,9 @@ def is_traced() -> bool:
 
 def is_undisturbed() -> bool:
     """Does nobody look at what torch does, so that what was compiled may stand in?"""
-    is_watched = _len_torch_function_stack() or torch.is_anomaly_enabled()
-    return not is_watched and is_recorded_plainly()
+    if not is_recorded_plainly():
+        return False  # a compiler can't trace what follows
+    return not (_len_torch_function_stack() or torch.is_anomaly_enabled())
 
 
 def is_recorded_plainly() -> bool:

@@ -20,7 +20,7 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 # comprehensions are functions
 MOST = {
     "jacrev": (48, 135),
-    "module_jacobian, per sample": (182, 543),
+    "module_jacobian, per sample": (182, 545),
     "module_jacobian, by inputs": (38, 112),
     "module_jacobian, by layers": (36, 113),
     "ntk": (63, 186),

@@ -402,7 +402,7 @@ class LastStep(nn.Module):
         return self.head(self.read(x)[0][:, -1])
 
 
-@pytest.mark.parametrize(("kind", "share"), [(nn.LSTM, 1.46), (nn.RNN, 1.48)])
+@pytest.mark.parametrize(("kind", "share"), [(nn.LSTM, 1.46), (nn.RNN, 1.55)])
 def test_what_is_merged_of_a_parameter_goes_before_another_is(kind, share):
     """The cotangents of all steps lie beside the blocks of one parameter, and not of all."""
     torch.manual_seed(0)
