@@ -92,7 +92,7 @@ class CurrentState:
             return self.found()
 
     def found(self) -> ModuleState:
-        """The same state as :meth:`now`, for a caller that holds the lock."""
+        """The state of the module at a call that begins, for a caller that holds the lock."""
         if not self._stays:
             self._last = self._state_now()
         elif self._last is None:

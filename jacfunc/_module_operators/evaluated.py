@@ -95,7 +95,7 @@ class Evaluated:
         return evaluated
 
     def checked(self) -> Evaluated:
-        """The same object, once it is seen that samples do not depend on each other.
+        """The evaluation, after a look whether its samples depend on each other.
 
         Raises:
             ValueError, NotImplementedError: where not.

@@ -116,7 +116,7 @@ def _jacobian_of(
     batch = call.batch(batching)
     with call.undisturbed():
         call.check_independent(batch)
-        sampled = SampledJacobian(batch, sink, settled is not None and settled.by_second(call))
+        sampled = SampledJacobian(batch, sink, settled is not None and settled.takes_second(call))
         result = sampled.by(strategy)
     if settled is not None:
         settled.learn(call, sampled, result)

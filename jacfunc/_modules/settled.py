@@ -28,10 +28,10 @@ from jacfunc._settled import (
     blocks_of,
     by_door,
     by_layers,
-    by_second,
     kept,
     matrix_of,
     settled_by,
+    takes_second,
 )
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._traces import MOST_BYTES, MOST_MISSES
@@ -106,10 +106,10 @@ class SettledCalls:
             jacobian = (jacobian, of_inputs) if names else of_inputs
         return jacobian if settled.returned is BARE else settled.returned.output_tree((jacobian,))
 
-    def by_second(self, call: ModuleCall) -> bool:
+    def takes_second(self, call: ModuleCall) -> bool:
         """Is a call that is not settled to be taken by the second choice of its plan?"""
         of = self._kind_of(call)
-        return of is not None and by_second(by_door(), *of, self._work)
+        return of is not None and takes_second(by_door(), *of, self._work)
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""

@@ -19,7 +19,6 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import sparing
 from jacfunc._remembered import Remembered
-from jacfunc._rounding import agree
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, SettledBatch
 from jacfunc._settled.following import Reads
@@ -115,13 +114,8 @@ class KnownProducts:
         def made(jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
             return (*work(jacobian, beside), jacobian.outputs[0].detach())
 
-        try:
-            whole = Whole(settled, state, given, beside, made)
-            again = whole.result(state, given, beside)
-        except Exception as error:  # the module is evaluated as before
-            note("products of a kind of call take an evaluation: %s", error)
-            return
-        if again is not None and agree(again[:-1], result):
+        whole = Whole.written(settled, state, given, beside, made, result)
+        if whole is not None:
             self._wholes[steps] = whole
 
     def at_once(self, at_batch: AtBatch, steps: Steps, beside: Leaves) -> Leaves | None:

@@ -66,7 +66,7 @@ def kept(
     return settled
 
 
-def by_second(
+def takes_second(
     memory: Remembered[SettledBatch], version: Version, kind: Hashable, work: Work
 ) -> bool:
     """Is a call that is taken anew to be taken by the second way?

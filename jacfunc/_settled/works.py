@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Self
 
 from jacfunc._errors import Nameless
 from jacfunc._lending import ModuleState
@@ -57,6 +58,26 @@ class Whole:
             return result
 
         self._work = WrittenWork(made, _sources(state, given, beside))
+
+    @classmethod
+    def written(
+        cls,
+        settled: Evaluator,
+        state: ModuleState,
+        given: Given,
+        beside: Leaves,
+        work: Work,
+        expected: Leaves,
+    ) -> Self | None:
+        """A work, written down; None if it can't be, or if its first tensors are unexpected."""
+        try:
+            whole = cls(settled, state, given, beside, work)
+        except Exception as error:  # the module is called as before
+            note("a settled kind of call is not written down with its evaluation: %s", error)
+            return None
+        result = whole.result(state, given, beside)
+        is_right = result is not None and agree(result[: len(expected)], expected)
+        return whole if is_right else None
 
     def result(self, state: ModuleState, given: Given, beside: Leaves) -> Leaves | None:
         """The result of other numbers; None where it does not hold, or fails."""
@@ -140,12 +161,11 @@ class KnownWork:
         """Write down how this result is made, if that can be."""
         if sum(x.nbytes for x in result) > MOST_BYTES:
             return
-        at = settled, state, given, beside
-        for write in self._write_sweep, self._write_whole:
-            try:
-                write(*at, result)
-            except Exception as error:  # it goes on as before
-                note("a settled kind of call is not written down: %s", error)
+        try:
+            self._write_sweep(settled, state, given, beside, result)
+        except Exception as error:  # it goes on as before
+            note("a settled kind of call is not written down: %s", error)
+        self.whole = Whole.written(settled, state, given, beside, self.work, result)
 
     def _write_sweep(
         self, settled: Evaluator, state: ModuleState, given: Given, beside: Leaves, result: Leaves
@@ -159,12 +179,3 @@ class KnownWork:
         evaluated = evaluated_with_sources(settled, state, given, sweep.reads)
         if evaluated is not None and sweep.fits(evaluated, beside, result):
             self.sweep = sweep
-
-    def _write_whole(
-        self, settled: Evaluator, state: ModuleState, given: Given, beside: Leaves, result: Leaves
-    ) -> None:
-        """Write it down with the evaluation."""
-        whole = Whole(settled, state, given, beside, self.work)
-        again = whole.result(state, given, beside)
-        if again is not None and agree(again, result):
-            self.whole = whole

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from gc import get_referents
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from jacfunc._errors import Nameless
 from jacfunc._lending import ModuleState, are_same
 from jacfunc._surroundings.things import parts_of
 from jacfunc._torch import Graphs
+from jacfunc._trees import codes_in
 
 _LAYERS = "torch.nn.modules."
 _VALUES = frozenset({bool, int, float, str, type(None)})
@@ -136,7 +137,6 @@ def _names() -> frozenset[str]:
     spaces = [vars(x) for name, x in [*sys.modules.items()] if name.startswith(_LAYERS)]
     kinds = [x for space in spaces for x in space.values() if isinstance(x, type)]
     every = [x for space in (vars(F), *spaces, *map(vars, kinds)) for x in space.values()]
-    codes = [x.__code__ for x in every if isinstance(x, FunctionType)]
-    for code in codes:  # which grows
-        codes += [x for x in code.co_consts if isinstance(x, CodeType)]
+    functions = [x for x in every if isinstance(x, FunctionType)]
+    codes = [code for function in functions for code in codes_in(function.__code__)]
     return frozenset(name for code in codes for name in code.co_names)

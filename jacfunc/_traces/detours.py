@@ -33,7 +33,8 @@ _NEEDS_MEMORY = frozenset(
         *("batch_norm", "_batch_norm_impl_index", "batch_norm_update_stats", "instance_norm"),
     )
 )
-"""Operators that read by an address, or write into an argument although they do not say so."""
+"""Operators that read by an address, or write into an argument although they do not say so, as a
+normalization of a batch may write into statistics: a graph with one keeps copies of its inputs."""
 
 Place: TypeAlias = tuple[Any, ...]
 
@@ -47,6 +48,7 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
         is_pure: does the graph write into nothing?
     """
     transposed: dict[Any, Node] = {}
+    shares = is_pure and _NEEDS_MEMORY.isdisjoint(node.target for node in graph.graph.nodes)
     for node in graph.graph.nodes:
         if node.target in _NAMES:
             node.replace_all_uses_with(node.args[0])
@@ -67,7 +69,7 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
                 node.args = base, [*node.meta["val"].shape]
         elif node.target in _REDUCTIONS and node.args[0].target in _MOVES:
             _reduce_base(graph, node)
-        elif is_pure and node.target is _ATEN.clone.default and _is_needless_clone(graph, node):
+        elif shares and node.target is _ATEN.clone.default and _is_alike_input(node):
             node.replace_all_uses_with(node.args[0])
         elif is_pure and _is_needless_copy(node):
             node.replace_all_uses_with(_joined(graph, node))
@@ -190,15 +192,10 @@ def _is_needless_copy(node: Node) -> bool:
     return is_one and is_contiguous(tensors[0]) and not _may_be_returned(node)
 
 
-def _is_needless_clone(graph: GraphModule, node: Node) -> bool:
-    """Is it a copy of an input, laid out in the same way, of which nothing needs memory of its own?
-
-    What reads by an address does, and a normalization of a batch, which may write into statistics
-    although it does not say so.
-    """
+def _is_alike_input(node: Node) -> bool:
+    """Is it a copy of an input, laid out in the same way?"""
     (tensor, *_), kind = cast("Any", node.args), kind_of(node)
-    is_alike = tensor.op == "placeholder" and kind is not None and kind == kind_of(tensor)
-    return is_alike and _NEEDS_MEMORY.isdisjoint(x.target for x in graph.graph.nodes)
+    return tensor.op == "placeholder" and kind is not None and kind == kind_of(tensor)
 
 
 def _may_be_returned(node: Node) -> bool:
